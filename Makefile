@@ -1,0 +1,28 @@
+# `make quickstart` and `make test` need Python 3.11 or newer and make; they set everything else up.
+PYTHON ?= python3
+BIN := .venv/bin
+# torch goes first and alone: this version has a CPU build, another one would bring CUDA along.
+TORCH := torch==2.13.0
+
+.PHONY: quickstart test lint clean
+
+.venv/installed: pyproject.toml
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check $(TORCH)
+	$(BIN)/pip install --quiet --disable-pip-version-check --editable ".[dev]"
+	touch $@
+
+quickstart: .venv/installed
+	$(BIN)/python examples/01_quickstart.py $(ARGS)
+
+test: .venv/installed
+	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest --doctest-modules jpeft interop/jpeft_interop
+
+lint: .venv/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+
+clean:
+	rm -rf .venv quickstart-out

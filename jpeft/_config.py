@@ -1,0 +1,131 @@
+"""Adapter configurations: PEFT's field names, as frozen and hashable dataclasses."""
+
+import dataclasses
+import enum
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+
+class TaskType(str, enum.Enum):
+    """What the adapted model is for, spelled as PEFT spells it."""
+
+    SEQ_CLS = "SEQ_CLS"
+    SEQ_2_SEQ_LM = "SEQ_2_SEQ_LM"
+    CAUSAL_LM = "CAUSAL_LM"
+    TOKEN_CLS = "TOKEN_CLS"
+    QUESTION_ANS = "QUESTION_ANS"
+    FEATURE_EXTRACTION = "FEATURE_EXTRACTION"
+
+
+class PeftType(str, enum.Enum):
+    """The methods that this package implements, under PEFT's names."""
+
+    LORA = "LORA"
+
+
+class FrozenMapping(Mapping[str, Any]):
+    """An ordered, hashable mapping, so that a config with patterns can be static under `jit`."""
+
+    def __init__(self, entries: Mapping[str, Any] = {}):  # noqa: B006 (never mutated)
+        self._items = tuple((key, freeze(value)) for key, value in entries.items())
+        self._entries = dict(self._items)
+
+    def __getitem__(self, key: str) -> Any:
+        return self._entries[key]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._entries)
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def __hash__(self) -> int:
+        return hash(self._items)
+
+    def __eq__(self, other: object) -> bool:
+        # Order counts: the first matching pattern of a rank_pattern wins.
+        if isinstance(other, FrozenMapping):
+            return self._items == other._items
+        return isinstance(other, Mapping) and self._entries == dict(other)
+
+    def __repr__(self) -> str:
+        return repr(self._entries)
+
+
+def freeze(value: Any) -> Any:
+    """The hashable twin of a JSON-like value: lists become tuples, dicts `FrozenMapping`s."""
+    if isinstance(value, Mapping):
+        return value if isinstance(value, FrozenMapping) else FrozenMapping(value)
+    if isinstance(value, (set, frozenset)):
+        return tuple(sorted(value))
+    if isinstance(value, (list, tuple)):
+        return tuple(freeze(entry) for entry in value)
+    return value
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PeftConfig:
+    """The fields that every adapter config has, with PEFT's names and meanings.
+
+    `extra` carries the fields of an `adapter_config.json` that this package does not know, so that
+    saving writes them back. Instances are hashable: lists are stored as tuples.
+
+    >>> import jpeft
+    >>> jpeft.LoraConfig(r=4, target_modules=["query"]).target_modules
+    ('query',)
+    """
+
+    peft_type: PeftType | None = None
+    task_type: TaskType | str | None = None
+    base_model_name_or_path: str | None = None
+    revision: str | None = None
+    inference_mode: bool = False
+    auto_mapping: Mapping[str, Any] | None = None
+    peft_version: str | None = None
+    extra: Mapping[str, Any] = dataclasses.field(default_factory=FrozenMapping, repr=False)
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            object.__setattr__(self, field.name, freeze(getattr(self, field.name)))
+        task_type = self.task_type
+        if task_type is None or isinstance(task_type, TaskType):
+            return
+        if task_type not in TaskType.__members__:
+            raise ValueError(f"task_type is {task_type!r}; expected one of {', '.join(TaskType.__members__)} or None")
+        object.__setattr__(self, "task_type", TaskType(task_type))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TunerConfig(PeftConfig):
+    """The fields that say which modules a method acts on (PEFT's rules, `_targets.py`).
+
+    target_modules: names (a path equals one or ends in `.name`), one regular expression that must match
+    the whole path, or "all-linear". exclude_modules: the same forms, taken away again.
+    layers_to_transform, layers_pattern: layer indices, and the name of the list that they count.
+    modules_to_save: modules trained and saved in full. bias: "none", "all" or "<method>_only".
+    """
+
+    target_modules: str | tuple[str, ...] | list[str] | None = None
+    exclude_modules: str | tuple[str, ...] | list[str] | None = None
+    layers_to_transform: int | tuple[int, ...] | list[int] | None = None
+    layers_pattern: str | tuple[str, ...] | list[str] | None = None
+    modules_to_save: tuple[str, ...] | list[str] | None = None
+    bias: str = "none"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if isinstance(self.modules_to_save, str):
+            raise TypeError(f"modules_to_save is {self.modules_to_save!r}; expected a list of names")
+        if isinstance(self.target_modules, str):
+            for name in ("layers_to_transform", "layers_pattern"):
+                if getattr(self, name) is not None:
+                    raise ValueError(
+                        f"{name} is {getattr(self, name)!r} while target_modules is the string "
+                        f"{self.target_modules!r}; it works with a list of names only: list the names, or put the "
+                        "layers into the regular expression"
+                    )
+        if self.layers_pattern and self.layers_to_transform is None:
+            raise ValueError(
+                f"layers_pattern is {self.layers_pattern!r} while layers_to_transform is None; "
+                "give the indices of the layers in layers_to_transform"
+            )

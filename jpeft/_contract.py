@@ -1,0 +1,168 @@
+"""What a method is: a few pure functions over canonical shapes, and the module they act on.
+
+A method sees one module at a time, without its stack axes, in canonical shapes:
+
+    linear        x (..., in)            W (in, out)
+    convolution   x (..., *space, in)    W (in, *window, out)
+    embedding     x (...) of ids         W (in = vocabulary, out)
+
+Everything else is the engine's: layouts, stacked layers, casts, control flow, sharding, merging, files.
+There are three ways to write one, from the least code to the most freedom:
+
+    low_rank   factors(p, site) -> (a, b)      the change of W is a b: a (rank, in, *window), b (rank, out)
+    additive   delta(p, site) -> array of W's shape
+    general    forward(p, x, base, site, context) -> y  and  merge(p, w, b, site) -> (w, b)
+
+`p` holds the arrays that `init` returned, and `p["scaling"]`. A method of the first kind never has its change
+of W built; the engine multiplies with the factors.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from ._config import PeftConfig
+
+Arrays = Mapping[str, jax.Array]
+
+LINEAR, EMBEDDING, CONVOLUTION = "linear", "embedding", "convolution"
+
+STACK, INPUT, VOCABULARY, WINDOW, OUTPUT = "b", "i", "v", ".", "o"
+
+
+@dataclasses.dataclass(frozen=True)
+class Site:
+    """One adapted module: static facts about its weight.
+
+    path: module path. leaf, bias: paths of the weight and (if any) the bias in the base tree.
+    layout: one letter an axis of the leaf: i input, v vocabulary (the rows of a lookup table), o output,
+    '.' window of a convolution, b stack (layers, experts, fused parts). shape, dtype: the leaf's.
+    """
+
+    path: str
+    leaf: str
+    bias: str | None
+    layout: str
+    shape: tuple[int, ...]
+    dtype: str
+
+    @property
+    def kind(self) -> str:
+        if VOCABULARY in self.layout:
+            return EMBEDDING
+        return CONVOLUTION if WINDOW in self.layout else LINEAR
+
+    @property
+    def stack(self) -> tuple[int, ...]:
+        return self._sizes(STACK)
+
+    @property
+    def window(self) -> tuple[int, ...]:
+        return self._sizes(WINDOW)
+
+    @property
+    def in_features(self) -> int:
+        return math.prod(self._sizes(INPUT + VOCABULARY))
+
+    @property
+    def out_features(self) -> int:
+        return math.prod(self._sizes(OUTPUT))
+
+    def _sizes(self, letters: str) -> tuple[int, ...]:
+        return tuple(size for letter, size in zip(self.layout, self.shape, strict=True) if letter in letters)
+
+
+@dataclasses.dataclass(frozen=True)
+class Base:
+    """The product that a method changes, as a function: `base(x)` is x W, whatever W is made of.
+
+    `base.apply(x, kernel)` is the same operation (product, convolution, lookup) with another canonical kernel
+    `(in, *window, features)`.
+    """
+
+    call: Callable[[jax.Array], jax.Array]
+    apply: Callable[[jax.Array, jax.Array], jax.Array]
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return self.call(x)
+
+
+Init = Callable[[jax.Array, Site, Any, Callable[[], jax.Array]], dict[str, jax.Array]]
+Factors = Callable[[Arrays, Site], tuple[jax.Array, jax.Array]]
+Forward = Callable[[Arrays, jax.Array, Base, Site, Mapping[str, Any]], jax.Array]
+Merge = Callable[[Arrays, jax.Array, jax.Array | None, Site], tuple[jax.Array, jax.Array | None]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Method:
+    """A method as a value: its config class, its initial arrays, and its mathematics.
+
+    init(key, site, config, weight) -> {name: array}; weight() is the canonical W, built on demand.
+    scaling(site, config) -> float. dropout(config) -> rate in [0, 1).
+    frozen: names of arrays that do not train. kinds: the kinds of module that it can act on.
+    changes_bias: whether merge returns another bias.
+    """
+
+    config: type[PeftConfig]
+    init: Init
+    merge: Merge
+    forward: Forward
+    factors: Factors | None = None
+    scaling: Callable[[Site, Any], float] = lambda site, config: 1.0
+    dropout: Callable[[Any], float] = lambda config: 0.0
+    kinds: frozenset[str] = frozenset({LINEAR})
+    frozen: frozenset[str] = frozenset()
+    changes_bias: bool = False
+
+
+def low_rank(*, factors: Factors, **fields: Any) -> Method:
+    """A method whose change of the weight is a product of two thin factors."""
+
+    def delta(p: Arrays, site: Site) -> jax.Array:
+        a, b = factors(p, site)
+        return jnp.tensordot(a, b, axes=(0, 0))
+
+    method = additive(delta=delta, **fields)
+    return dataclasses.replace(method, factors=factors)
+
+
+def additive(*, delta: Callable[[Arrays, Site], jax.Array], **fields: Any) -> Method:
+    """A method that adds an array to the weight."""
+
+    def forward(p: Arrays, x: jax.Array, base: Base, site: Site, context: Mapping[str, Any]) -> jax.Array:
+        y = base(x)
+        return y + base.apply(x, delta(p, site)).astype(y.dtype)
+
+    def merge(p: Arrays, w: jax.Array, b: jax.Array | None, site: Site) -> tuple[jax.Array, jax.Array | None]:
+        change = delta(p, site)
+        wide = wide_dtype(w.dtype)
+        return (w.astype(wide) + change.astype(wide)).astype(w.dtype), b
+
+    return Method(forward=forward, merge=merge, **fields)
+
+
+def wide_dtype(dtype: Any) -> Any:
+    """The type that weights are merged in: float32, or the weight's own type if that is wider."""
+    return dtype if jnp.finfo(dtype).bits > 32 else jnp.dtype(jnp.float32)
+
+
+_METHODS: dict[type[PeftConfig], Method] = {}
+
+
+def register(method: Method) -> Method:
+    """Make a method known under its config class; `jpeft/methods` does this on import."""
+    _METHODS[method.config] = method
+    return method
+
+
+def method_of(config: PeftConfig) -> Method:
+    """The method that a config belongs to; raises TypeError for a config of no known method."""
+    method = _METHODS.get(type(config))
+    if method is None:
+        known = ", ".join(sorted(cls.__name__ for cls in _METHODS))
+        raise TypeError(f"{type(config).__name__} is not the config of a known method; expected one of: {known}")
+    return method

@@ -1,0 +1,117 @@
+"""From adapters, as they are stored, to the terms that act on each leaf of the base tree."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from .._config import FrozenMapping
+from .._contract import OUTPUT, STACK, WINDOW, Method, Site, method_of
+from .._params import Adapter, PeftParams, Rng
+from .._paths import fold_in_name, leaves_by_path
+from ._weight import RANK, Axis, Term, of_role, weight_axes
+
+
+def adapted_modules(wrapped: PeftParams) -> list[tuple[str, str]]:
+    """(adapter, module path) of everything that is active."""
+    return [(name, path) for name in wrapped.active for path in wrapped.adapters[name].sites]
+
+
+def terms_by_leaf(wrapped: PeftParams) -> dict[str, tuple[Term, ...]]:
+    """The terms of the active adapters, in their order, by the path of the leaf that they act on."""
+    rng: Rng | None = wrapped.context.get("rng")
+    terms: dict[str, tuple[Term, ...]] = {}
+    for name in wrapped.active:
+        adapter = wrapped.adapters[name]
+        method = method_of(adapter.config)
+        for path, site in adapter.sites.items():
+            terms[site.leaf] = (*terms.get(site.leaf, ()), _term(name, adapter, method, path, site, rng))
+    return terms
+
+
+def _term(name: str, adapter: Adapter, method: Method, path: str, site: Site, rng: Rng | None) -> Term:
+    own = {**adapter.weights.get(path, {}), "scaling": adapter.scaling[path]}
+    own.update({shared: array for shared, array in adapter.shared.items() if shared not in own})
+    axes = tuple(axis for group in weight_axes(site.layout, site.shape) for axis in group)
+    stack = tuple(axis for axis in axes if axis.role == STACK)
+    arrays, labels = (_factors if method.factors else _as_stored)(own, adapter, method, site, axes, stack)
+    if rng is not None and method.dropout(adapter.config):
+        key = fold_in_name(rng.key(), f"{name}/{path}")
+        arrays["key"] = jax.random.split(key, site.stack) if stack else key
+        labels["key"] = stack
+    return Term(arrays, FrozenMapping(labels), method, adapter.config, name, (site,))
+
+
+def _factors(
+    own: dict[str, jax.Array],
+    adapter: Adapter,
+    method: Method,
+    site: Site,
+    axes: tuple[Axis, ...],
+    stack: tuple[Axis, ...],
+) -> tuple[dict[str, jax.Array], dict[str, Any]]:
+    """A low-rank method's factors with their axes taken apart as the leaf's are."""
+    assert method.factors is not None
+    outputs = of_role(axes, OUTPUT)
+    windows = of_role(axes, WINDOW)
+    inputs = tuple(axis for axis in axes if axis not in (*stack, *outputs, *windows))
+
+    def one(arrays: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        assert method.factors is not None
+        return method.factors(arrays, site)
+
+    for _ in stack:
+        one = jax.vmap(one, in_axes=({n: None if n in adapter.shared else 0 for n in own},))
+    a, b = one(own)
+    sizes = {axis: axis.size for axis in axes}
+    rank = a.shape[len(stack)]
+    lead = site.stack
+    a = jnp.reshape(a, (*lead, rank, *(sizes[axis] for axis in (*inputs, *windows))))
+    b = jnp.reshape(b, (*lead, rank, *(sizes[axis] for axis in outputs)))
+    labels = {"a": (*stack, RANK, *inputs, *windows), "b": (*stack, RANK, *outputs)}
+    return {"a": a, "b": b}, labels
+
+
+def _as_stored(
+    own: dict[str, jax.Array],
+    adapter: Adapter,
+    method: Method,
+    site: Site,
+    axes: tuple[Axis, ...],
+    stack: tuple[Axis, ...],
+) -> tuple[dict[str, jax.Array], dict[str, Any]]:
+    lead = {name: () if name in adapter.shared else stack for name in own}
+    labels = {name: (*lead[name], *(None for _ in range(jnp.ndim(own[name]) - len(lead[name])))) for name in own}
+    return dict(own), labels
+
+
+def replaced_leaves(wrapped: PeftParams) -> dict[str, Any]:
+    """The leaves that the active adapters put in place of the base's: full copies, and biases that methods change."""
+    replaced: dict[str, Any] = {}
+    for name in wrapped.active:
+        replaced.update(wrapped.adapters[name].replaced)
+    changed = [
+        (adapter, method, path, site)
+        for adapter in (wrapped.adapters[name] for name in wrapped.active)
+        for method in [method_of(adapter.config)]
+        for path, site in adapter.sites.items()
+        if method.changes_bias and site.bias is not None
+    ]
+    leaves = leaves_by_path(wrapped.base) if changed else {}
+    for adapter, method, path, site in changed:
+        own = {**adapter.weights[path], "scaling": adapter.scaling[path]}
+        bias = replaced.get(site.bias, leaves[site.bias])
+        replaced[site.bias] = merged_bias(method, own, bias, site)
+    return replaced
+
+
+def merged_bias(method: Method, own: dict[str, Any], bias: jax.Array, site: Site) -> jax.Array:
+    """The bias of a method that changes it; its weight takes no part, so it is a placeholder of zeros."""
+
+    def one(arrays: dict[str, jax.Array], b: jax.Array) -> jax.Array:
+        w = jnp.zeros((site.in_features, *site.window, site.out_features), b.dtype)
+        return method.merge(arrays, w, b.reshape(-1), site)[1]  # type: ignore[return-value]
+
+    for _ in site.stack:
+        one = jax.vmap(one)
+    return one(own, jnp.reshape(bias, (*site.stack, -1))).reshape(bias.shape).astype(bias.dtype)

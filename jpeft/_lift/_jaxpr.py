@@ -1,0 +1,136 @@
+"""All that depends on the inside of JAX: reading jaxprs and their equations, running them, and shardings.
+
+Every fact that differs between JAX versions is settled here (tested on 0.10 and 0.12), through public modules alone.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.extend.core as jex
+import numpy as np
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+Equation = Any  # jax.extend.core.JaxprEqn
+Jaxpr = Any  # jax.extend.core.Jaxpr or ClosedJaxpr: one class in newer versions
+
+JIT_PRIMITIVES = ("jit", "pjit", "closed_call", "core_call")
+
+
+def is_literal(atom: Any) -> bool:
+    return isinstance(atom, jex.Literal)
+
+
+def trace(function: Callable[..., Any], *args: Any) -> Jaxpr:
+    return jax.make_jaxpr(function)(*args)
+
+
+def constants(jaxpr: Jaxpr) -> Sequence[Any]:
+    """The values of a jaxpr's constvars; an open jaxpr has none."""
+    return getattr(jaxpr, "consts", ())
+
+
+def opened(jaxpr: Jaxpr) -> Jaxpr:
+    return getattr(jaxpr, "jaxpr", jaxpr)
+
+
+def constant_variables(jaxpr: Jaxpr) -> Sequence[Any]:
+    return opened(jaxpr).constvars if constants(jaxpr) else ()
+
+
+def run_whole(jaxpr: Jaxpr, args: Sequence[Any]) -> list[Any]:
+    return jax.core.eval_jaxpr(opened(jaxpr), constants(jaxpr), *args)
+
+
+def run_block(equations: Sequence[Equation], inputs: Sequence[Any], outputs: Sequence[Any], args: Sequence[Any]) -> list:
+    """Run equations unchanged, with their scopes, effects and contexts, from input to output variables."""
+    return jax.core.eval_jaxpr(jex.Jaxpr([], list(inputs), list(outputs), list(equations)), (), *args)
+
+
+def run_equation(equation: Equation, args: Sequence[Any]) -> list[Any]:
+    """Run one equation on other arguments, which may differ from the traced ones in shape."""
+    values = {atom: arg for atom, arg in zip(equation.invars, args, strict=True) if not is_literal(atom)}
+    return run_block([equation], list(values), list(equation.outvars), list(values.values()))
+
+
+@contextlib.contextmanager
+def scope_of(equation: Equation) -> Iterator[None]:
+    """What a rule computes in place of an equation keeps that equation's names, mesh and configuration."""
+    name = str(equation.source_info.name_stack)
+    with equation.ctx.manager, jax.named_scope(name) if name else contextlib.nullcontext():
+        yield
+
+
+def has_effects(equation: Equation) -> bool:
+    return bool(equation.effects)
+
+
+def scan_split(equation: Equation) -> tuple[int, int]:
+    """How many leading operands of a scan are constants, and how many after them are the carry."""
+    params = equation.params
+    if "num_consts" in params:
+        return params["num_consts"], params["num_carry"]
+    constants_in, carry_in, _ = params["ft_in"].unpack()
+    return len(list(constants_in)), len(list(carry_in))
+
+
+def custom_jvp_rule(equation: Equation) -> Callable[[Sequence[bool]], tuple[Jaxpr, Sequence[bool]]]:
+    """The jvp rule as a jaxpr of (primals, nonzero tangents) -> (outputs, nonzero output tangents)."""
+    thunk = equation.params["jvp_jaxpr_fun"]
+
+    def rule(zero_tangents: Sequence[bool]) -> tuple[Jaxpr, Sequence[bool]]:
+        jaxpr, consts, zeros_out = thunk.call_wrapped(*zero_tangents)
+        return _close(jaxpr, consts), zeros_out
+
+    return rule
+
+
+def custom_vjp_rules(equation: Equation) -> tuple[Jaxpr, list[int | None], Callable[..., Any]]:
+    """(fwd jaxpr giving residuals then outputs, for each residual the input it forwards or None, bwd)."""
+    params = equation.params
+    symbolic = [False] * len(equation.invars)
+    jaxpr, consts = params["fwd_jaxpr_thunk"].call_wrapped(*symbolic)
+    _, _, forwarded = params["out_trees"]()
+    return _close(jaxpr, consts), list(forwarded), params["bwd"].call_wrapped
+
+
+def _close(jaxpr: Jaxpr, consts: Sequence[Any]) -> Jaxpr:
+    return jaxpr if constants(jaxpr) else jex.ClosedJaxpr(opened(jaxpr), list(consts))
+
+
+def is_array(value: Any) -> bool:
+    return isinstance(value, (jax.Array, np.ndarray, np.generic))
+
+
+def is_floating(aval: Any) -> bool:
+    return jax.dtypes.issubdtype(aval.dtype, np.inexact)
+
+
+def platform() -> str:
+    return jax.default_backend()
+
+
+def explicit_sharding(array: Any) -> NamedSharding | None:
+    """The sharding in an array's type where its mesh has Explicit axes, else None."""
+    sharding = jax.typeof(array).sharding
+    mesh = sharding.mesh
+    if mesh.empty or AxisType.Explicit not in mesh.axis_types:
+        return None
+    return sharding
+
+
+def reshard(array: jax.Array, spec: PartitionSpec) -> jax.Array:
+    return jax.sharding.reshard(array, spec)
+
+
+def varying_axes(array: Any) -> frozenset[str]:
+    """The manual mesh axes along which an array differs from device to device."""
+    aval = jax.typeof(array)
+    return frozenset(aval.vma if hasattr(aval, "vma") else aval.mat.varying)
+
+
+def make_varying(array: jax.Array, axes: Sequence[str]) -> jax.Array:
+    """Let an array count as different on each device along manual mesh axes, where it does not yet."""
+    new = tuple(axis for axis in axes if axis not in varying_axes(array))
+    return jax.lax.pcast(array, new, to="varying") if new else array

@@ -1,0 +1,449 @@
+"""Rules for the operations that consume a weight: products, convolutions, lookups, grouped products.
+
+The base product runs as traced. A low-rank term is two thin products beside it, `(x a) b`, left to JAX to
+differentiate: on CPU their operands are made two-dimensional, which autodiff then keeps (measured: as fast as a
+hand-written backward pass), elsewhere they keep their axes, which suits sharding and rematerialisation.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.sharding import PartitionSpec
+
+from .._contract import EMBEDDING, INPUT, OUTPUT, STACK, VOCABULARY, WINDOW, Base
+from . import _labels as lab
+from ._dropout import dropped
+from ._jaxpr import Equation, explicit_sharding, platform, reshard, run_equation
+from ._record import LOOKUP, LOW_RANK, TRANSFORMED
+from ._walk import Context, Rule
+from ._weight import (
+    RANK,
+    REPEATED,
+    AdaptedWeight,
+    Axis,
+    Term,
+    Unsupported,
+    is_adapted,
+    of_role,
+    over_stack,
+    sizes,
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Product:
+    """A dot_general of x with a weight, all axes named. x, y: arrays with one axis a group of labels."""
+
+    equation: Equation
+    x: jax.Array
+    x_groups: tuple[lab.Group, ...]
+    y_groups: tuple[lab.Group, ...]
+    batch: tuple[Axis, ...]
+    contracted: tuple[Axis, ...]
+    free: tuple[Axis, ...]
+    sizes: dict[lab.Label, int]
+
+    @property
+    def x_labels(self) -> tuple[lab.Label, ...]:
+        return tuple(label for group in self.x_groups for label in group)
+
+    @property
+    def y_labels(self) -> tuple[lab.Label, ...]:
+        return tuple(label for group in self.y_groups for label in group)
+
+    @property
+    def rows(self) -> tuple[lab.Label, ...]:
+        """The axes of x that the weight knows nothing of."""
+        return tuple(label for label in self.x_labels if not isinstance(label, Axis))
+
+
+def dot_general(context: Context, equation: Equation, inputs: list[Any], needed: list[bool]) -> list[Any]:
+    weight, product = _named(equation, *_sides(inputs))
+    _learn_roles(context, weight, product)
+    x_first = not is_adapted(inputs[0])
+    base = run_equation(equation, [product.x, weight.base] if x_first else [weight.base, product.x])[0]
+    if not weight.terms:
+        return [base]
+    backwards = _is_backwards(product)
+    if backwards and weight.terms[0].site.kind == EMBEDDING:
+        # As in PEFT: an adapter of the table acts on the lookup, not on a tied output product.
+        return [base]
+    if all(term.low_rank for term in weight.terms):
+        for term in weight.terms:
+            context.record.use(weight, LOW_RANK, equation, only=term)
+            base = _add(base, _low_rank(context, product, term, base, backwards=backwards))
+        return [base]
+    y = _general(context, product, weight, backwards=backwards)
+    context.record.use(weight, TRANSFORMED, equation)
+    return [_like(y, base)]
+
+
+def _sides(inputs: list[Any]) -> tuple[Any, AdaptedWeight, bool]:
+    """(x, weight, whether the weight is on the left); of two weights the right one is merged."""
+    left, right = inputs
+    if is_adapted(left) and is_adapted(right):
+        raise Unsupported("product of two adapted weights")
+    return (right, left, True) if is_adapted(left) else (left, right, False)
+
+
+def _named(equation: Equation, x: Any, weight: AdaptedWeight, weight_left: bool) -> tuple[AdaptedWeight, Product]:
+    (left, right), (left_batch, right_batch) = equation.params["dimension_numbers"]
+    w_sum, x_sum, w_batch, x_batch = (
+        (left, right, left_batch, right_batch) if weight_left else (right, left, right_batch, left_batch)
+    )
+    x_groups: list[lab.Group] = [(f"x{index}",) for index in range(x.ndim)]
+    for w_axis, x_axis in zip((*w_sum, *w_batch), (*x_sum, *x_batch), strict=True):
+        x_groups[x_axis] = weight.axes[w_axis]
+    taken = {*w_sum, *w_batch}
+    w_free = [index for index in range(len(weight.axes)) if index not in taken]
+    x_free = [x_groups[index] for index in range(x.ndim) if index not in (*x_sum, *x_batch)]
+    batch_groups = [weight.axes[index] for index in w_batch]
+    free_groups = [weight.axes[index] for index in w_free]
+    y_groups = (*batch_groups, *free_groups, *x_free) if weight_left else (*batch_groups, *x_free, *free_groups)
+    known = sizes(weight.flat_axes)
+    known.update({f"x{index}": size for index, size in enumerate(x.shape)})  # type: ignore[dict-item]
+    product = Product(
+        equation=equation,
+        x=x,
+        x_groups=tuple(x_groups),
+        y_groups=tuple(y_groups),
+        batch=tuple(axis for group in batch_groups for axis in group),
+        contracted=tuple(axis for index in w_sum for axis in weight.axes[index]),
+        free=tuple(axis for group in free_groups for axis in group),
+        sizes=known,
+    )
+    return weight, product
+
+
+def _learn_roles(context: Context, weight: AdaptedWeight, product: Product) -> None:
+    for axes, role in ((product.contracted, INPUT), (product.batch, STACK), (product.free, OUTPUT)):
+        for axis in axes:
+            context.record.role(weight, axis, role)
+
+
+def _is_backwards(product: Product) -> bool:
+    """Whether the product is with the transposed weight; raises Unsupported if it is with neither."""
+    summed = {axis.role for axis in product.contracted}
+    free = {axis.role for axis in product.free} - {STACK, REPEATED}
+    if summed <= {INPUT} and free <= {OUTPUT}:
+        return False
+    if summed <= {OUTPUT} and free <= {INPUT}:
+        return True
+    raise Unsupported("contracts " + " and ".join(_ROLE_NAMES.get(role, role) for role in sorted(summed)) + " axes")
+
+
+_ROLE_NAMES = {INPUT: "input", OUTPUT: "output", STACK: "stack", WINDOW: "window", REPEATED: "repeated"}
+
+
+def _low_rank(context: Context, product: Product, term: Term, y: jax.Array, *, backwards: bool) -> jax.Array:
+    """The term's part of the product, shaped like y: (x a) b, or (x bᵀ) aᵀ for the transposed weight."""
+    first, second = ("b", "a") if backwards else ("a", "b")
+    x = dropped(context, product.equation, term, product.x)
+    x = lab.split(x, product.x_groups, product.sizes)
+    factors = {name: term.arrays[name].astype(x.dtype) for name in (first, second)}
+    labels = {name: term.labels[name] for name in factors}
+    x_labels, rows, specs = product.x_labels, product.rows, _specs(product, y)
+    if specs is None and _is_plain(product, labels[first], labels[second]) and platform() == "cpu":
+        summed, free = tuple(sorted(product.contracted)), tuple(sorted(product.free))
+        x, x_labels = lab.arrange(x, x_labels, [rows, summed], product.sizes), (rows, summed)
+        known = {**product.sizes, **lab.sizes_of(factors[first], labels[first])}
+        for name, axes in ((first, summed), (second, free)):
+            factors[name] = lab.arrange(factors[name], labels[name], [(RANK,), axes], known)
+            labels[name] = (RANK, axes)
+    summed_labels = [label for label in labels[first] if label in x_labels and label not in product.batch]
+    precision = product.equation.params["precision"]
+    h, h_labels = lab.contract(
+        x, x_labels, factors[first], labels[first], summed_labels, precision=precision, specs=specs
+    )
+    out, out_labels = lab.contract(
+        h, h_labels, factors[second], labels[second], [RANK], precision=precision, out_dtype=y.dtype, specs=specs
+    )
+    if out_labels and isinstance(out_labels[0], tuple):
+        out, out_labels = lab.split(out, out_labels, product.sizes), tuple(x for group in out_labels for x in group)
+    return _to_y(out, out_labels, product, y)
+
+
+def _is_plain(product: Product, first: Sequence[lab.Label], second: Sequence[lab.Label]) -> bool:
+    """Whether the product is a matrix product of two-dimensional views: no batch, stack or repeated axes."""
+    return (
+        not product.batch
+        and set(first) == {RANK, *product.contracted}
+        and set(second) == {RANK, *product.free}
+    )
+
+
+def _to_y(out: jax.Array, labels: Sequence[lab.Label], product: Product, y: jax.Array) -> jax.Array:
+    present = [label for label in product.y_labels if label in labels]
+    out = lab.transpose(out, labels, present)
+    if len(present) < len(product.y_labels):
+        # Axes of a repeated weight: every repetition has the same term.
+        kept = [index for index, label in enumerate(product.y_labels) if label in labels]
+        shape = tuple(product.sizes[label] for label in product.y_labels)
+        out = lax.broadcast_in_dim(out, shape, kept)
+    return lab.join(out, product.y_groups, product.sizes)
+
+
+def _specs(product: Product, y: jax.Array) -> dict[lab.Label, Any] | None:
+    """With Explicit mesh axes: the mesh axes of each named axis, read off x and the result."""
+    y_sharding, x_sharding = explicit_sharding(y), explicit_sharding(product.x)
+    if y_sharding is None and x_sharding is None:
+        return None
+    specs: dict[lab.Label, Any] = {}
+    for sharding, groups in ((y_sharding, product.y_groups), (x_sharding, product.x_groups)):
+        if sharding is not None:
+            for group, spec in zip(groups, sharding.spec, strict=False):
+                if len(group) == 1 and (groups is product.y_groups or group[0] in product.rows):
+                    specs[group[0]] = spec
+    return specs
+
+
+def _add(y: jax.Array, change: jax.Array) -> jax.Array:
+    return y + _like(change, y)
+
+
+def _like(change: jax.Array, y: jax.Array) -> jax.Array:
+    change = change.astype(y.dtype)
+    sharding = explicit_sharding(y)
+    if sharding is None or explicit_sharding(change) == sharding:
+        return change
+    return reshard(change, PartitionSpec(*sharding.spec))
+
+
+def _general(context: Context, product: Product, weight: AdaptedWeight, *, backwards: bool) -> jax.Array:
+    """All terms through the methods' own `forward`, on canonical x and W, mapped over stack axes."""
+    axes = weight.flat_axes
+    mapped = (*product.batch, *(axis for axis in product.free if axis.role in (STACK, REPEATED)))
+    if any(axis.role in (INPUT, OUTPUT) for axis in mapped):
+        raise Unsupported("batches over input or output axes")
+    inputs, outputs = of_role(axes, INPUT), of_role(axes, OUTPUT)
+    x_mapped = [axis for axis in mapped if axis in product.x_labels]
+    summed, made = (outputs, inputs) if backwards else (inputs, outputs)
+    x_order = [*((axis,) for axis in x_mapped), *((row,) for row in product.rows), summed]
+    x = lab.arrange(lab.split(product.x, product.x_groups, product.sizes), product.x_labels, x_order, product.sizes)
+    w_order = [*((axis,) for axis in mapped), inputs, outputs]
+    w = lab.arrange(lab.split(weight.base, weight.axes, product.sizes), axes, w_order, product.sizes)
+    params = product.equation.params
+    numbers = {"precision": params["precision"], "preferred_element_type": params["preferred_element_type"]}
+
+    def apply(x: jax.Array, kernel: jax.Array) -> jax.Array:
+        return lax.dot_general(x, kernel.astype(x.dtype), (((x.ndim - 1,), (0,)), ((), ())), **numbers)
+
+    def forwards(x: jax.Array, w: jax.Array, arrays: list[dict[str, jax.Array]]) -> jax.Array:
+        call = lambda x: apply(x, w)  # noqa: E731
+        for term, own in zip(weight.terms, arrays, strict=True):
+            call = _chained(context, product.equation, term, own, Base(call, apply))
+        return call(x)
+
+    def one(x: jax.Array, w: jax.Array, arrays: list[dict[str, jax.Array]]) -> jax.Array:
+        if not backwards:
+            return forwards(x, w, arrays)
+        zeros = jnp.zeros((*x.shape[:-1], w.shape[0]), x.dtype)
+        return jax.vjp(lambda z: forwards(z, w, arrays), zeros)[1](x)[0]
+
+    y = _mapped(one, weight.terms, mapped, x_mapped)(x, w)
+    y_order = [*((axis,) for axis in mapped), *((row,) for row in product.rows), made]
+    labels = [label for group in y_order for label in group]
+    return _to_y(lab.split(y, y_order, product.sizes), labels, product, y)
+
+
+def _mapped(one: Any, terms: Sequence[Term], mapped: Sequence[Axis], x_mapped: Sequence[Axis]) -> Any:
+    arrays_of, places_of = [], []
+    for term in terms:
+        _, arrays = over_stack(lambda arrays: arrays, term, mapped, ())
+        arrays_of.append(arrays)
+        places_of.append({name: [axis for axis in mapped if axis in term.labels[name]] for name in arrays})
+    for axis in reversed(mapped):
+        in_axes = (
+            0 if axis in x_mapped else None,
+            0,
+            [{name: 0 if axis in own else None for name, own in places.items()} for places in places_of],
+        )
+        one = jax.vmap(one, in_axes=in_axes)
+    return lambda x, w: one(x, w, arrays_of)
+
+
+def _chained(context: Context, equation: Equation, term: Term, arrays: dict[str, jax.Array], base: Base) -> Any:
+    if not term.low_rank:
+        site = term.site
+        rng = {"rng": arrays["key"]} if "key" in arrays else {}
+        own = {name: array for name, array in arrays.items() if name != "key"}
+        return lambda x: term.method.forward(own, x, base, site, rng)
+    a, b = (arrays[name].reshape(arrays[name].shape[0], -1) for name in "ab")
+
+    def call(x: jax.Array) -> jax.Array:
+        y = base(x)
+        h = base.apply(dropped(context, equation, term, x), a.T)
+        return y + (h @ b.astype(h.dtype)).astype(y.dtype)
+
+    return call
+
+
+def conv_general_dilated(context: Context, equation: Equation, inputs: list[Any], needed: list[bool]) -> list[Any]:
+    x, weight = inputs
+    if is_adapted(x) or not is_adapted(weight):
+        raise Unsupported("the weight is not the kernel")
+    params = equation.params
+    numbers = params["dimension_numbers"]
+    out_axis, in_axis, *window = numbers.rhs_spec
+    for position, role in ((in_axis, INPUT), (out_axis, OUTPUT), *((axis, WINDOW) for axis in window)):
+        for axis in weight.axes[position]:
+            context.record.role(weight, axis, role)
+    base = run_equation(equation, [x, weight.base])[0]
+    if not weight.terms:
+        return [base]
+    if params["feature_group_count"] != 1 or params["batch_group_count"] != 1:
+        raise Unsupported("grouped convolution")
+    roles = [tuple(axis.role for axis in weight.axes[position]) for position in (in_axis, out_axis, *window)]
+    if roles != [(INPUT,), (OUTPUT,), *((WINDOW,) for _ in window)]:
+        raise Unsupported("the layout of the weight is not that of this convolution")
+    if not all(term.low_rank for term in weight.terms):
+        raise Unsupported("a method without factors")
+    feature = numbers.out_spec[1]
+    for term in weight.terms:
+        context.record.use(weight, LOW_RANK, equation, only=term)
+        kernel_order = (RANK, weight.axes[in_axis][0], *(weight.axes[axis][0] for axis in window))
+        a = lab.transpose(term.arrays["a"], term.labels["a"], kernel_order)
+        spec = (0, 1, *range(2, a.ndim))
+        h = lax.conv_general_dilated(
+            dropped(context, equation, term, x),
+            a.astype(x.dtype),
+            window_strides=params["window_strides"],
+            padding=params["padding"],
+            lhs_dilation=params["lhs_dilation"],
+            rhs_dilation=params["rhs_dilation"],
+            dimension_numbers=lax.ConvDimensionNumbers(numbers.lhs_spec, spec, numbers.out_spec),
+            precision=params["precision"],
+        )
+        out, labels = lab.contract(
+            h, tuple(RANK if i == feature else f"x{i}" for i in range(h.ndim)), term.arrays["b"].astype(h.dtype),
+            term.labels["b"], [RANK], out_dtype=base.dtype,
+        )
+        base = _add(base, jnp.moveaxis(out, len(labels) - 1, feature))
+    return [base]
+
+
+def gather(context: Context, equation: Equation, inputs: list[Any], needed: list[bool]) -> list[Any]:
+    weight, ids = inputs
+    if not is_adapted(weight) or is_adapted(ids):
+        raise Unsupported("the weight is not the operand")
+    params = equation.params
+    numbers, slice_sizes = params["dimension_numbers"], params["slice_sizes"]
+    indexed = numbers.start_index_map
+    whole = all(
+        size == full or (index in indexed and size == 1)
+        for index, (size, full) in enumerate(zip(slice_sizes, weight.base.shape, strict=True))
+    )
+    if len(indexed) != 1 or numbers.collapsed_slice_dims != indexed or numbers.operand_batching_dims or not whole:
+        raise Unsupported("gather that is not a lookup of rows")
+    row = weight.single(indexed[0], "gather of axes that were reshaped together")
+    context.record.role(weight, row, VOCABULARY)
+    for axis in weight.flat_axes:
+        context.record.role(weight, axis, VOCABULARY if axis == row else OUTPUT)
+    base = run_equation(equation, [weight.base, ids])[0]
+    if not weight.terms:
+        return [base]
+    if row.role == STACK:
+        return [_picked(weight, row, indexed[0], base, ids, equation)]
+    outputs = [axis for axis in weight.flat_axes if axis != row]
+    if row.role != INPUT or any(axis.role != OUTPUT for axis in outputs):
+        raise Unsupported("gather along " + _ROLE_NAMES.get(row.role, row.role) + " axes")
+    if not all(term.low_rank for term in weight.terms):
+        raise Unsupported("a method without factors")
+    for term in weight.terms:
+        context.record.use(weight, LOOKUP, equation, only=term)
+        a = lab.transpose(term.arrays["a"], term.labels["a"], (row, RANK))
+        h = _rows(a, ids, equation)
+        names = (*(f"x{index}" for index in range(h.ndim - 1)), RANK)
+        out, labels = lab.contract(
+            h, names, term.arrays["b"].astype(h.dtype), term.labels["b"], [RANK], out_dtype=base.dtype
+        )
+        offsets = iter(weight.axes[i] for i in range(len(weight.axes)) if i != indexed[0])
+        batch = iter(names[:-1])
+        groups = [next(offsets) if i in numbers.offset_dims else (next(batch),) for i in range(base.ndim)]
+        known = {**sizes(weight.flat_axes), **lab.sizes_of(h, names)}
+        base = _add(base, lab.arrange(out, labels, groups, known))
+    return [base]
+
+
+def _rows(table: jax.Array, ids: jax.Array, equation: Equation) -> jax.Array:
+    """The same lookup in a table (rows, features): (..., features)."""
+    params = equation.params
+    numbers = lax.GatherDimensionNumbers(
+        offset_dims=(ids.ndim - 1,), collapsed_slice_dims=(0,), start_index_map=(0,)
+    )
+    return lax.gather(
+        table, ids, numbers, (1, table.shape[1]), mode=params["mode"], fill_value=params["fill_value"]
+    )
+
+
+def _picked(
+    weight: AdaptedWeight, row: Axis, position: int, base: jax.Array, ids: jax.Array, equation: Equation
+) -> AdaptedWeight:
+    """Entries of a stack chosen by ids: a weight stacked over the ids' axes."""
+    batch = ids.shape[:-1]
+    new = tuple(Axis(STACK, (*row.place, index), size) for index, size in enumerate(batch))
+
+    def pick(array: jax.Array, at: int) -> jax.Array:
+        moved = jnp.moveaxis(array, at, 0)
+        rows = _rows(moved.reshape(moved.shape[0], -1), ids, equation).reshape(*batch, *moved.shape[1:])
+        return jnp.moveaxis(rows, range(len(batch)), range(at, at + len(batch)))
+
+    numbers = equation.params["dimension_numbers"]
+    offsets = iter(weight.axes[i] for i in range(len(weight.axes)) if i != position)
+    picked = iter(new)
+    axes = [next(offsets) if i in numbers.offset_dims else (next(picked),) for i in range(base.ndim)]
+    return weight.with_base(base, axes).map_terms(lambda term: term.map_axis(row, pick, *new))
+
+
+def ragged_dot_general(context: Context, equation: Equation, inputs: list[Any], needed: list[bool]) -> list[Any]:
+    x, weight, group_sizes = inputs
+    if is_adapted(x) or not is_adapted(weight):
+        raise Unsupported("the weight is not the right operand")
+    params = equation.params
+    numbers = params["ragged_dot_dimension_numbers"]
+    dims = numbers.dot_dimension_numbers
+    (_, summed), batch = dims[0], dims[1]
+    groups = tuple(numbers.rhs_group_dimensions)
+    if len(groups) != 1 or len(summed) != 1 or any(batch) or x.ndim != 2 or weight.base.ndim != 3:
+        raise Unsupported("grouped product that is not (rows, in) by (groups, in, out)")
+    free = next(iter({0, 1, 2} - {groups[0], summed[0]}))
+    for position, role in ((groups[0], STACK), (summed[0], INPUT), (free, OUTPUT)):
+        for axis in weight.axes[position]:
+            context.record.role(weight, axis, role)
+    base = run_equation(equation, [x, weight.base, group_sizes])[0]
+    if not weight.terms:
+        return [base]
+    roles = [{axis.role for axis in weight.axes[position]} for position in (groups[0], summed[0], free)]
+    if roles != [{STACK}, {INPUT}, {OUTPUT}]:
+        raise Unsupported("the layout of the weight is not that of this grouped product")
+    if not all(term.low_rank for term in weight.terms):
+        raise Unsupported("a method without factors")
+    stack = weight.axes[groups[0]]
+    contract_with = lax.RaggedDotDimensionNumbers((dims[0], batch), numbers.lhs_ragged_dimensions, groups)
+    for term in weight.terms:
+        context.record.use(weight, LOW_RANK, equation, only=term)
+        known = {**sizes(weight.flat_axes), **lab.sizes_of(term.arrays["a"], term.labels["a"])}
+        orders = {"a": [stack, weight.axes[summed[0]], (RANK,)], "b": [stack, (RANK,), weight.axes[free]]}
+        a, b = (lab.arrange(term.arrays[n].astype(x.dtype), term.labels[n], orders[n], known) for n in "ab")
+        a_order = sorted(range(3), key=lambda i: (groups[0], summed[0], free)[i])
+        h = lax.ragged_dot_general(
+            dropped(context, equation, term, x), lax.transpose(a, a_order), group_sizes, contract_with,
+            precision=params["precision"],
+        )
+        out = lax.ragged_dot(
+            h, b, group_sizes, precision=params["precision"], preferred_element_type=base.dtype
+        )
+        base = _add(base, out)
+    return [base]
+
+
+PRODUCTS: dict[str, Rule] = {
+    "dot_general": dot_general,
+    "conv_general_dilated": conv_general_dilated,
+    "gather": gather,
+    "ragged_dot_general": ragged_dot_general,
+}

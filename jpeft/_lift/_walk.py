@@ -1,0 +1,115 @@
+"""Walking a jaxpr: equations that no adapted weight reaches run in blocks, the others by the rule of their primitive.
+
+A rule is `rule(context, equation, inputs, needed) -> outputs`; it may return adapted weights. Where it raises
+`Unsupported`, or there is none, the equation runs on merged weights.
+"""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from ._jaxpr import (
+    Equation,
+    Jaxpr,
+    constant_variables,
+    constants,
+    has_effects,
+    is_literal,
+    opened,
+    run_block,
+    run_equation,
+    scope_of,
+)
+from ._record import Record
+from ._weight import AdaptedWeight, Unsupported, is_adapted, materialize
+
+Rule = Callable[["Context", Equation, list[Any], list[bool]], list[Any]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Context:
+    """What every rule may need: the table of rules, and the record of this trace."""
+
+    rules: dict[str, Rule]
+    record: Record
+
+
+def walk(context: Context, jaxpr: Jaxpr, args: Sequence[Any], needed: Sequence[bool] | None = None) -> list[Any]:
+    """Evaluate a jaxpr whose arguments may be adapted weights; outputs that are not needed may be None."""
+    inner = opened(jaxpr)
+    context.record.keep(jaxpr)
+    needed = [True] * len(inner.outvars) if needed is None else needed
+    live, last_use = _liveness(inner, needed)
+    values: dict[Any, Any] = dict(zip(constant_variables(jaxpr), constants(jaxpr), strict=True))
+    values.update(zip(jaxpr.invars, args, strict=True))
+
+    def read(atom: Any) -> Any:
+        return atom.val if is_literal(atom) else values[atom]
+
+    block: list[Equation] = []
+    made: set[Any] = set()
+
+    def flush(position: int) -> None:
+        if not block:
+            return
+        inputs = dict.fromkeys(
+            atom for eqn in block for atom in eqn.invars if not is_literal(atom) and atom not in made
+        )
+        outputs = [var for eqn in block for var in eqn.outvars if last_use.get(var, -1) >= position]
+        values.update(zip(outputs, run_block(block, list(inputs), outputs, [values[v] for v in inputs]), strict=True))
+        block.clear()
+        made.clear()
+
+    for position, equation in enumerate(inner.eqns):
+        if not live[position]:
+            continue
+        if not any(is_adapted(values.get(atom)) for atom in equation.invars if not is_literal(atom)):
+            block.append(equation)
+            made.update(equation.outvars)
+            continue
+        flush(position)
+        wanted = [last_use.get(var, -1) > position for var in equation.outvars]
+        outputs = _apply(context, equation, [read(atom) for atom in equation.invars], wanted)
+        values.update(zip(equation.outvars, outputs, strict=True))
+    flush(len(inner.eqns))
+    return [read(atom) if want else None for atom, want in zip(inner.outvars, needed, strict=True)]
+
+
+def _liveness(jaxpr: Jaxpr, needed: Sequence[bool]) -> tuple[list[bool], dict[Any, int]]:
+    """Which equations matter to the needed outputs, and where each variable is read last."""
+    end = len(jaxpr.eqns)
+    last = {atom: end for atom, want in zip(jaxpr.outvars, needed, strict=True) if want and not is_literal(atom)}
+    live = [False] * end
+    for position in reversed(range(end)):
+        equation = jaxpr.eqns[position]
+        if has_effects(equation) or any(var in last for var in equation.outvars):
+            live[position] = True
+            for atom in equation.invars:
+                if not is_literal(atom):
+                    last.setdefault(atom, position)
+    return live, last
+
+
+def _apply(context: Context, equation: Equation, inputs: list[Any], wanted: list[bool]) -> list[Any]:
+    rule = context.rules.get(equation.primitive.name)
+    reason = "no rule"
+    if rule is not None:
+        try:
+            with scope_of(equation):
+                return rule(context, equation, inputs, wanted)
+        except Unsupported as unsupported:
+            reason = str(unsupported)
+    return run_equation(equation, merged(context, equation, inputs, reason))
+
+
+def merged(context: Context, equation: Equation, inputs: Sequence[Any], reason: str) -> list[Any]:
+    """The inputs with every adapted weight merged, and a note why."""
+    how = f"merged: {equation.primitive.name} ({reason})"
+    for weight in filter(is_adapted, inputs):
+        context.record.use(weight, how, equation)
+    with scope_of(equation):
+        return [plain(value) for value in inputs]
+
+
+def plain(value: Any) -> Any:
+    return materialize(value) if isinstance(value, AdaptedWeight) else value

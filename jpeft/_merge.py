@@ -1,0 +1,100 @@
+"""Adapters merged into the parameters: a tree like the base that needs no adapters any more."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
+
+from ._contract import Arrays, Method, Site, method_of, wide_dtype
+from ._params import PeftParams
+from ._paths import leaf_path, leaves_by_path
+from ._sites import bias_layout, bias_sizes, canonical, restored
+from ._wrap import cast_floating, checked_names, checked_params
+
+
+def merge(wrapped: PeftParams, *, adapter_names: str | Sequence[str] | None = None, safe: bool = False) -> Any:
+    """A tree like the base, of the same structure, shapes and dtypes, with adapters merged into its leaves.
+
+    adapter_names: those to merge (default: the active ones). The arithmetic is in float32 or wider. safe: raise
+    ValueError if a merged leaf is not finite (not under `jit`, where values are not known).
+    Raises ValueError for unknown names and for a weight that is not of a floating-point dtype.
+
+    >>> import jax.numpy as jnp, jpeft
+    >>> params = {"query": {"kernel": jnp.ones((4, 6))}}
+    >>> merged = merge(jpeft.wrap(params, jpeft.LoraConfig(target_modules=["query"])))
+    >>> bool((merged["query"]["kernel"] == params["query"]["kernel"]).all())
+    True
+    """
+    names = checked_params(wrapped).active if adapter_names is None else checked_names(wrapped, adapter_names)
+    leaves = leaves_by_path(wrapped.base)
+    changed: dict[str, Any] = {}
+    for name in names:
+        changed.update(wrapped.adapters[name].replaced)
+    for adapter in (wrapped.adapters[name] for name in names):
+        for path, site in adapter.sites.items():
+            p = {**adapter.weights[path], "scaling": adapter.scaling[path]}
+            weight = changed.get(site.leaf, leaves[site.leaf])
+            bias = None if site.bias is None else changed.get(site.bias, leaves[site.bias])
+            changed[site.leaf], merged_bias = _merged(p, weight, bias, site, method_of(adapter.config))
+            if site.bias is not None:
+                changed[site.bias] = merged_bias
+    for path, leaf in changed.items() if safe else ():
+        _check_finite(path, leaf)
+
+    def chosen(key_path: tuple[Any, ...], leaf: Any) -> Any:
+        path = leaf_path(key_path)
+        return _like(leaf, changed[path]) if path in changed else leaf
+
+    return jax.tree_util.tree_map_with_path(chosen, wrapped.base)
+
+
+def _merged(p: Arrays, weight: Any, bias: Any, site: Site, method: Method) -> tuple[Any, Any]:
+    if not jnp.issubdtype(weight.dtype, jnp.inexact):
+        raise ValueError(f"cannot merge into {site.leaf!r}: its dtype is {weight.dtype}; expected a floating-point one")
+    dtype = jax.dtypes.canonicalize_dtype(weight.dtype)
+    wide = wide_dtype(dtype)
+
+    def compute(p: Arrays, weight: Any, bias: Any) -> tuple[jax.Array, jax.Array | None]:
+        w = canonical(weight, site.layout).astype(wide)
+        b = None if bias is None else canonical(jnp.reshape(bias, bias_sizes(site)), bias_layout(site)).astype(wide)
+
+        def one(p: Arrays, w: jax.Array, b: jax.Array | None) -> tuple[jax.Array, jax.Array | None]:
+            return method.merge(p, w, b, site)
+
+        for _ in site.stack:
+            one = jax.vmap(one)
+        # A product that the hardware rounds to bfloat16 would be kept for good here.
+        with jax.default_matmul_precision("highest"):
+            w, b = one({name: cast_floating(array, wide) for name, array in p.items()}, w, b)
+        w = restored(w, site.layout, site.shape).astype(dtype)
+        if bias is None or b is None:
+            return w, None
+        return w, restored(b, bias_layout(site), bias_sizes(site)).reshape(bias.shape).astype(bias.dtype)
+
+    abstract = any(isinstance(array, jax.ShapeDtypeStruct) for array in (*p.values(), weight))
+    return jax.eval_shape(compute, p, weight, bias) if abstract else compute(p, weight, bias)
+
+
+def _like(leaf: Any, merged: Any) -> Any:
+    if isinstance(leaf, jax.ShapeDtypeStruct):
+        return leaf  # for its sharding
+    if isinstance(leaf, np.ndarray) and not isinstance(merged, (Tracer, jax.ShapeDtypeStruct)):
+        return np.asarray(merged, leaf.dtype)
+    return merged
+
+
+def _check_finite(path: str, leaf: Any) -> None:
+    abstract = isinstance(leaf, (Tracer, jax.ShapeDtypeStruct))
+    if abstract:
+        raise ValueError(
+            f"merge(safe=True) looks at values, but {path!r} is abstract; call it outside jit, or pass safe=False"
+        )
+    bad = int((~jnp.isfinite(jnp.asarray(leaf))).sum())
+    if bad:
+        raise ValueError(
+            f"merging gives {path!r} {bad} entries of {leaf.size} that are not finite; the base or the adapter is "
+            "broken there (safe=False merges all the same)"
+        )

@@ -1,0 +1,54 @@
+"""How names and regular expressions select modules: PEFT's three matching rules."""
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+
+def checked_regex(pattern: str) -> str:
+    """The pattern itself; raises ValueError if it is not a regular expression.
+
+    >>> checked_regex(r".*\\.query")
+    '.*\\\\.query'
+    """
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise ValueError(f"{pattern!r} is not a regular expression: {error}; escape its special characters") from error
+    return pattern
+
+
+def matches(path: str, names_or_regex: str | Sequence[str]) -> bool:
+    """Whether a module is meant: by one regular expression for the whole path, or by a list of names.
+
+    A name means the path that equals it and every path that ends in `.name`. Raises ValueError for a string
+    that is not a regular expression.
+
+    >>> matches("encoder.layer.0.query", ["query", "value"])
+    True
+    >>> matches("encoder.layer.0.query", "query")
+    False
+    """
+    if isinstance(names_or_regex, str):
+        return re.fullmatch(checked_regex(names_or_regex), path) is not None
+    return any(path == name or path.endswith(f".{name}") for name in names_or_regex)
+
+
+def key_matches(path: str, key: str) -> bool:
+    """Whether a key of `rank_pattern` or `alpha_pattern` means a module; raises ValueError if it is no pattern.
+
+    >>> key_matches("encoder.layer.0.query", "query"), key_matches("encoder.layer.0.subquery", "query")
+    (True, False)
+    """
+    return re.match(rf"(.*\.)?({checked_regex(key)})$", path) is not None
+
+
+def value_for(path: str, pattern: Mapping[str, Any], default: Any) -> Any:
+    """The value of the first key of `pattern` that matches the end of the path, whole names only, or `default`.
+
+    Raises ValueError for a key that is not a regular expression.
+
+    >>> value_for("encoder.layer.11.query", {r"layer\\.1\\d\\.query": 16, "query": 4}, 8)
+    16
+    """
+    return next((value for key, value in pattern.items() if key_matches(path, key)), default)

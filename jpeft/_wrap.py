@@ -1,0 +1,216 @@
+"""Adapters beside a parameter tree: put there, chosen among and taken off again."""
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from ._config import PeftConfig, TunerConfig
+from ._contract import Method, Site, method_of
+from ._params import Adapter, PeftParams, Sites, is_peft_params
+from ._paths import fold_in_name, leaves_by_path
+from ._sites import candidates, canonical
+from ._targets import bias_leaves, saved_leaves, select_sites
+
+
+def wrap(
+    params: Any,
+    config: PeftConfig,
+    *,
+    rng: jax.Array | None = None,
+    adapter_name: str = "default",
+    layouts: Mapping[str, str] | None = None,
+    dtype: Any = jnp.float32,
+) -> PeftParams:
+    """Parameters with a new adapter beside them; the parameters themselves are kept by reference, never copied.
+
+    params: a tree of arrays or of `jax.ShapeDtypeStruct`s (then the adapter is abstract too), or what `wrap` returned,
+    to add another adapter. The first adapter is active, later ones wait for `set_adapter`.
+    rng: key of the initial values (default: seed 0); a module's values depend on it and on the module's path alone.
+    layouts: {leaf or module path, or regular expression: layout}, one letter an axis: i input, o output, v vocabulary
+    of a lookup table, '.' window of a convolution, b stack (layers, experts, fused parts). Kernels of two axes are
+    "io" unless told otherwise. dtype: of the adapter's floating-point arrays, each of shape (*stack, ...).
+    Raises TypeError if `config` is of no known method or `rng` is not a key, and ValueError if no module is selected,
+    a layout is unknown, the tree is empty or the name is taken.
+
+    >>> import jax, jax.numpy as jnp, jpeft
+    >>> params = {"query": {"kernel": jnp.ones((4, 6))}, "head": {"kernel": jnp.ones((6, 2))}}
+    >>> wrapped = wrap(params, jpeft.LoraConfig(r=2, target_modules=["query"]), rng=jax.random.key(0))
+    >>> wrapped.base is params, jax.tree.map(jnp.shape, wrapped.adapters["default"].weights)
+    (True, {'query': {'lora_A': (2, 4), 'lora_B': (6, 2)}})
+    """
+    config = _checked_config(config)
+    method = method_of(config)
+    wrapped = params if is_peft_params(params) else PeftParams(base=params, adapters={}, active=())
+    _check_name(adapter_name, wrapped.adapters)
+    _check_bias(config, wrapped.adapters)
+    key, dtype = _checked_key(rng), _checked_dtype(dtype)
+    leaves = leaves_by_path(wrapped.base)
+    if not leaves:
+        raise ValueError("the parameter tree has no leaves; expected a tree of arrays, such as a model's parameters")
+    found = candidates(leaves, layouts)
+    sites = select_sites(leaves, found, config, method)
+    trained = [*saved_leaves(leaves, found, config), *bias_leaves(leaves, sites, config)]
+    replaced = {path: _copy(path, leaves[path]) for path in dict.fromkeys(trained) if _is_array(leaves[path])}
+
+    def initial(key: jax.Array, weights: Mapping[str, Any]) -> dict[str, dict[str, jax.Array]]:
+        return {
+            path: _initial(fold_in_name(key, path), weights[path], site, method, config, dtype)
+            for path, site in sites.items()
+        }
+
+    adapted = {path: leaves[site.leaf] for path, site in sites.items()}
+    abstract = any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in leaves.values())
+    scaling = {path: (site.stack, method.scaling(site, config)) for path, site in sites.items()}
+    adapter = Adapter(
+        weights=jax.eval_shape(initial, key, adapted) if abstract else initial(key, adapted),
+        shared={},
+        replaced=replaced,
+        scaling={
+            path: jax.ShapeDtypeStruct(stack, jnp.float32) if abstract else jnp.full(stack, value, jnp.float32)
+            for path, (stack, value) in scaling.items()
+        },
+        config=config,
+        sites=Sites(sites),
+    )
+    active = wrapped.active if wrapped.adapters else (adapter_name,)
+    return dataclasses.replace(wrapped, adapters={**wrapped.adapters, adapter_name: adapter}, active=active)
+
+
+def unwrap(wrapped: PeftParams) -> Any:
+    """The base tree, as it was given to `wrap`; raises TypeError if there is no adapter to take off.
+
+    >>> import jax.numpy as jnp, jpeft
+    >>> params = {"query": {"kernel": jnp.ones((4, 6))}}
+    >>> unwrap(jpeft.wrap(params, jpeft.LoraConfig(target_modules=["query"]))) is params
+    True
+    """
+    return checked_params(wrapped).base
+
+
+def set_adapter(wrapped: PeftParams, names: str | Sequence[str]) -> PeftParams:
+    """The same parameters with other adapters in use, applied in the order given.
+
+    Raises ValueError for unknown or repeated names, for none at all, and for adapters that replace the same leaf.
+
+    >>> import jax.numpy as jnp, jpeft
+    >>> config = jpeft.LoraConfig(target_modules=["query"])
+    >>> wrapped = jpeft.wrap({"query": {"kernel": jnp.ones((4, 6))}}, config)
+    >>> wrapped = jpeft.wrap(wrapped, config, adapter_name="other")
+    >>> wrapped.active, set_adapter(wrapped, "other").active
+    (('default',), ('other',))
+    """
+    return dataclasses.replace(checked_params(wrapped), active=checked_names(wrapped, names))
+
+
+def disable_adapters(wrapped: PeftParams) -> PeftParams:
+    """The same parameters with no adapter in use: the base model, until `set_adapter`.
+
+    Raises TypeError if `wrapped` does not come from `wrap`.
+
+    >>> import jax.numpy as jnp, jpeft
+    >>> wrapped = jpeft.wrap({"query": {"kernel": jnp.ones((4, 6))}}, jpeft.LoraConfig(target_modules=["query"]))
+    >>> disable_adapters(wrapped).active
+    ()
+    """
+    return dataclasses.replace(checked_params(wrapped), active=())
+
+
+def _initial(key: jax.Array, leaf: Any, site: Site, method: Method, config: Any, dtype: Any) -> dict[str, jax.Array]:
+    def one(key: jax.Array, index: Any) -> dict[str, jax.Array]:
+        def weight() -> jax.Array:
+            whole = canonical(leaf, site.layout)
+            return whole.reshape(-1, *whole.shape[len(site.stack) :])[index] if site.stack else whole
+
+        arrays = method.init(key, site, config, weight)
+        return {name: cast_floating(array, dtype) for name, array in arrays.items()}
+
+    if not site.stack:
+        return one(key, None)
+    count = math.prod(site.stack)
+    arrays = jax.vmap(one)(jax.random.split(key, count), jnp.arange(count))
+    return {name: array.reshape(*site.stack, *array.shape[1:]) for name, array in arrays.items()}
+
+
+def cast_floating(array: jax.Array, dtype: Any) -> jax.Array:
+    return array.astype(dtype) if jnp.issubdtype(array.dtype, jnp.inexact) else array
+
+
+def _copy(path: str, leaf: Any) -> Any:
+    if not jnp.issubdtype(leaf.dtype, jnp.inexact):
+        raise ValueError(
+            f"modules_to_save or bias would train {path!r}, whose dtype is {leaf.dtype}; expected a floating-point "
+            "dtype: leave the module out, or give its parameters unquantised"
+        )
+    # A real copy: the caller may donate both trees, and a buffer can be donated only once.
+    return leaf if isinstance(leaf, jax.ShapeDtypeStruct) else jnp.array(leaf, copy=True)
+
+
+def _is_key(leaf: Any) -> bool:
+    return jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+
+
+def _is_array(leaf: Any) -> bool:
+    return hasattr(leaf, "dtype") and not _is_key(leaf)
+
+
+def checked_params(wrapped: Any) -> PeftParams:
+    if not is_peft_params(wrapped):
+        raise TypeError(f"expected the PeftParams that jpeft.wrap returns, not a {type(wrapped).__name__}")
+    return wrapped
+
+
+def _checked_config(config: Any) -> TunerConfig:
+    if not isinstance(config, TunerConfig):
+        raise TypeError(f"config is {config!r}; expected the config of a method, such as jpeft.LoraConfig(...)")
+    return config
+
+
+def checked_names(wrapped: PeftParams, names: str | Sequence[str]) -> tuple[str, ...]:
+    names = (names,) if isinstance(names, str) else tuple(names)
+    unknown = [name for name in names if name not in wrapped.adapters]
+    if unknown or not names:
+        known = ", ".join(map(repr, wrapped.adapters))
+        raise ValueError(f"adapter names are {list(names)}; expected at least one, all of them among: {known}")
+    if len(set(names)) < len(names):
+        raise ValueError(f"adapter names are {list(names)}; expected each of them once")
+    owners: dict[str, str] = {}
+    for name in names:
+        for leaf in wrapped.adapters[name].replaced:
+            if leaf in owners:
+                raise ValueError(
+                    f"adapters {owners[leaf]!r} and {name!r} both replace {leaf!r} in full; expected one of them"
+                )
+            owners[leaf] = name
+    return names
+
+
+def _check_name(name: str, adapters: Mapping[str, Adapter]) -> None:
+    if name in adapters:
+        raise ValueError(f"there already is an adapter {name!r}; expected a name other than: {', '.join(adapters)}")
+    if not isinstance(name, str) or not name or "." in name:
+        raise ValueError(f"adapter_name is {name!r}; expected a name without dots")
+
+
+def _check_bias(config: Any, adapters: Mapping[str, Adapter]) -> None:
+    others = {name: getattr(adapter.config, "bias", "none") for name, adapter in adapters.items()}
+    taken = [f"{name!r} has {bias!r}" for name, bias in others.items() if bias != "none"]
+    if config.bias != "none" and taken:
+        raise ValueError(f"bias is {config.bias!r}, but {', '.join(taken)}; expected at most one adapter with biases")
+
+
+def _checked_key(rng: Any) -> jax.Array:
+    if rng is None:
+        return jax.random.key(0)
+    if isinstance(rng, jax.Array) and (_is_key(rng) or (rng.dtype == jnp.uint32 and rng.ndim == 1)):
+        return rng
+    raise TypeError(f"rng is {type(rng).__name__} {rng!r}; expected a key from jax.random.key(seed)")
+
+
+def _checked_dtype(dtype: Any) -> Any:
+    if not jnp.issubdtype(jnp.dtype(dtype), jnp.inexact):
+        raise ValueError(f"dtype is {jnp.dtype(dtype)}; expected a floating-point dtype, which can be trained")
+    return jnp.dtype(dtype)

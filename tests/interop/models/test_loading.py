@@ -1,0 +1,439 @@
+"""Reading, writing, configs and errors of the base models: without torch and without transformers."""
+
+import json
+import os
+import subprocess
+import sys
+import types
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+from jax.sharding import SingleDeviceSharding
+from jpeft_interop.models import (
+    FlaxAutoModel,
+    FlaxAutoModelForCausalLM,
+    FlaxAutoModelForMaskedLM,
+    FlaxAutoModelForSequenceClassification,
+)
+from safetensors.numpy import load_file, save_file
+
+SIZES = {
+    "vocab_size": 23,
+    "hidden_size": 8,
+    "intermediate_size": 12,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "max_position_embeddings": 16,
+    "initializer_range": 0.5,
+}
+LLAMA = {"model_type": "llama", "num_key_value_heads": 1, "pad_token_id": 0, **SIZES}
+MISTRAL = {**LLAMA, "model_type": "mistral"}
+BERT = {"model_type": "bert", **SIZES}
+IDS = np.array([[1, 2, 3, 4], [5, 6, 7, 8]])
+
+
+@pytest.fixture(autouse=True)
+def _strict():
+    with jax.numpy_dtype_promotion("strict"):
+        yield
+
+
+def llama(**changes):
+    return FlaxAutoModelForCausalLM.from_config({**LLAMA, **changes})
+
+
+@pytest.fixture
+def folder(tmp_path):
+    llama().save_pretrained(tmp_path)
+    return tmp_path
+
+
+def edit_tensors(folder, change):
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def edit_config(folder, **changes):
+    path = folder / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+def assert_same(left, right):
+    assert jax.tree.structure(left) == jax.tree.structure(right)
+    for ours, theirs in zip(jax.tree.leaves(left), jax.tree.leaves(right), strict=True):
+        assert ours.dtype == theirs.dtype
+        np.testing.assert_array_equal(np.asarray(ours, np.float32), np.asarray(theirs, np.float32))
+
+
+# ---- reading and writing
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
+@pytest.mark.parametrize("max_shard_bytes", [10**9, 1000])
+@pytest.mark.parametrize(
+    "auto, config",
+    [(FlaxAutoModelForCausalLM, LLAMA), (FlaxAutoModelForSequenceClassification, BERT), (FlaxAutoModel, MISTRAL)],
+)
+def test_round_trip_is_exact(tmp_path, auto, config, max_shard_bytes, dtype):
+    model = auto.from_config(config, param_dtype=dtype, rng=jax.random.key(7))
+    model.save_pretrained(tmp_path, max_shard_bytes=max_shard_bytes)
+    assert (tmp_path / "model.safetensors.index.json").exists() == (max_shard_bytes == 1000)
+    again = auto.from_pretrained(tmp_path)
+    assert_same(again.params, model.params)
+    assert again.config == model.config
+    assert json.loads((tmp_path / "config.json").read_text())["dtype"] == jnp.dtype(dtype).name
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_tensors_are_written_in_the_orientation_of_torch(folder):
+    tensors = load_file(folder / "model.safetensors")
+    layer = llama().params["model"]["layers"]["1"]
+    assert tensors["model.layers.1.mlp.up_proj.weight"].shape == (12, 8)
+    np.testing.assert_array_equal(tensors["model.layers.1.mlp.up_proj.weight"].T, layer["mlp"]["up_proj"]["kernel"])
+
+
+def test_saving_again_in_another_form_removes_the_first(folder):
+    model = llama()
+    changed = jax.tree.map(lambda leaf: leaf + 1.0, model.params)
+    model.save_pretrained(folder, changed, max_shard_bytes=1000)
+    assert_same(FlaxAutoModelForCausalLM.from_pretrained(folder).params, changed)
+    model.save_pretrained(folder)
+    assert_same(FlaxAutoModelForCausalLM.from_pretrained(folder).params, model.params)
+
+
+def test_param_dtype_and_dtype(folder):
+    model = FlaxAutoModelForCausalLM.from_pretrained(folder, param_dtype="bfloat16")
+    assert {leaf.dtype for leaf in jax.tree.leaves(model.params)} == {jnp.dtype("bfloat16")}
+    assert model.apply(model.params, IDS).logits.dtype == jnp.bfloat16
+    wide = FlaxAutoModelForCausalLM.from_pretrained(folder, dtype=jnp.bfloat16)
+    assert {leaf.dtype for leaf in jax.tree.leaves(wide.params)} == {jnp.dtype("float32")}
+    assert wide.apply(wide.params, IDS).logits.dtype == jnp.bfloat16
+    assert wide.apply(wide.params, inputs_embeds=jnp.ones((1, 3, 8))).logits.dtype == jnp.bfloat16
+
+
+def test_float64_tensors_become_float32(folder):
+    edit_tensors(folder, lambda tensors: tensors.update({k: v.astype(np.float64) for k, v in tensors.items()}))
+    assert_same(FlaxAutoModelForCausalLM.from_pretrained(folder).params, llama().params)
+
+
+def test_harmless_tensors_are_passed_over(folder):
+    edit_tensors(
+        folder, lambda tensors: tensors.update({"model.layers.0.self_attn.rotary_emb.inv_freq": np.ones(4, np.float32)})
+    )
+    assert_same(FlaxAutoModelForCausalLM.from_pretrained(folder).params, llama().params)
+
+
+def test_tied_weights(tmp_path):
+    model = llama(tie_word_embeddings=True)
+    assert "lm_head" not in model.params
+    model.save_pretrained(tmp_path)
+    table = np.asarray(model.params["model"]["embed_tokens"]["embedding"])
+    edit_tensors(tmp_path, lambda tensors: tensors.update({"lm_head.weight": table.copy()}))
+    assert_same(FlaxAutoModelForCausalLM.from_pretrained(tmp_path).params, model.params)
+    edit_tensors(tmp_path, lambda tensors: tensors.pop("model.embed_tokens.weight"))
+    assert_same(FlaxAutoModelForCausalLM.from_pretrained(tmp_path).params, model.params)
+    edit_tensors(tmp_path, lambda tensors: tensors.update({"model.embed_tokens.weight": table + 1}))
+    with pytest.raises(ValueError, match=r"ties lm_head\.weight to model\.embed_tokens\.weight.*two different tensors"):
+        FlaxAutoModelForCausalLM.from_pretrained(tmp_path)
+
+
+def test_progress_bar_for_shards(tmp_path, capsys):
+    pytest.importorskip("tqdm")
+    llama().save_pretrained(tmp_path, max_shard_bytes=1000)
+    FlaxAutoModelForCausalLM.from_pretrained(tmp_path)
+    assert "Reading weights" in capsys.readouterr().err
+
+
+def test_without_tqdm_shards_load_all_the_same(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "tqdm", None)
+    llama().save_pretrained(tmp_path, max_shard_bytes=1000)
+    assert_same(FlaxAutoModelForCausalLM.from_pretrained(tmp_path).params, llama().params)
+
+
+def test_one_sharding_for_all(folder):
+    sharding = SingleDeviceSharding(jax.devices()[0])
+    assert_same(FlaxAutoModelForCausalLM.from_pretrained(folder, shardings=sharding).params, llama().params)
+
+
+SHARDED_LOAD = """
+import sys, jax, numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
+from jpeft_interop.models import FlaxAutoModelForCausalLM
+mesh = Mesh(np.array(jax.devices()).reshape(2, 2), ("x", "y"))
+def sharding(path, shape):
+    if path.endswith("kernel"):
+        return NamedSharding(mesh, P("x", "y"))
+    return NamedSharding(mesh, P("y")) if path == "model.norm.scale" else NamedSharding(mesh, P())
+whole = FlaxAutoModelForCausalLM.from_pretrained(sys.argv[1])
+parts = FlaxAutoModelForCausalLM.from_pretrained(sys.argv[1], shardings=sharding)
+jax.tree.map(np.testing.assert_array_equal, parts.params, whole.params)
+kernel = parts.params["model"]["layers"]["0"]["mlp"]["up_proj"]["kernel"]
+assert kernel.sharding.spec == P("x", "y") and kernel.addressable_shards[0].data.shape == (4, 6)
+"""
+
+
+def test_each_device_reads_its_part(tmp_path):
+    llama(vocab_size=24).save_pretrained(tmp_path)
+    flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=4", "JAX_PLATFORMS": "cpu"}
+    paths = {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+    command = [sys.executable, "-c", SHARDED_LOAD, str(tmp_path)]
+    result = subprocess.run(command, env={**os.environ, **flags, **paths}, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+
+
+# ---- weights that do not fit
+
+
+def test_all_problems_in_one_error(folder):
+    def change(tensors):
+        tensors.pop("model.layers.0.mlp.up_proj.weight")
+        tensors["model.layers.0.mlp.other.weight"] = np.ones(3, np.float32)
+        tensors["model.norm.weight"] = np.ones(9, np.float32)
+        tensors["model.layers.1.mlp.up_proj.weight"] = np.zeros((12, 8), ml_dtypes.float8_e4m3fn)
+
+    edit_tensors(folder, change)
+    with pytest.raises(ValueError) as caught:
+        FlaxAutoModelForCausalLM.from_pretrained(folder)
+    message = str(caught.value)
+    assert "does not fit LlamaForCausalLM" in message
+    assert "missing (1): model.layers.0.mlp.up_proj.weight" in message
+    assert "unexpected (1): model.layers.0.mlp.other.weight" in message
+    assert "misshapen (1): model.norm.weight (9,), expected (8,)" in message
+    assert "model.layers.1.mlp.up_proj.weight is stored as F8_E4M3, expected one of F64, F32, F16, BF16" in message
+
+
+def test_missing_language_model_head_is_an_error(folder):
+    edit_tensors(folder, lambda tensors: tensors.pop("lm_head.weight"))
+    with pytest.raises(ValueError, match=r"missing \(1\): lm_head\.weight"):
+        FlaxAutoModelForCausalLM.from_pretrained(folder)
+
+
+def test_head_of_another_size(tmp_path):
+    auto = FlaxAutoModelForSequenceClassification
+    model = auto.from_config(BERT, num_labels=3)
+    model.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"misshapen \(2\): classifier\.bias \(3,\), expected \(5,\)(.|\n)*num_labels"):
+        auto.from_pretrained(tmp_path, num_labels=5)
+    with pytest.warns(UserWarning, match=r"newly initialised: classifier\.bias, classifier\.weight"):
+        new = auto.from_pretrained(tmp_path, num_labels=5, ignore_mismatched_sizes=True, param_dtype=jnp.bfloat16)
+    assert new.params["classifier"]["kernel"].shape == (8, 5)
+    assert new.params["classifier"]["kernel"].dtype == jnp.bfloat16
+
+
+def test_pickles_are_refused(folder):
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+    with pytest.raises(ValueError, match=r"pickled weights only \(pytorch_model\.bin\).*writes model\.safetensors"):
+        FlaxAutoModelForCausalLM.from_pretrained(folder)
+
+
+def test_folder_without_weights_or_shard_or_config(tmp_path):
+    llama().save_pretrained(tmp_path, max_shard_bytes=1000)
+    first = min(tmp_path.glob("model-*.safetensors"))
+    first.unlink()
+    with pytest.raises(FileNotFoundError, match=f"names shards that are not in its folder: {first.name}"):
+        FlaxAutoModelForCausalLM.from_pretrained(tmp_path)
+    (tmp_path / "model.safetensors.index.json").unlink()
+    with pytest.raises(FileNotFoundError, match=r"neither model\.safetensors nor model\.safetensors\.index\.json"):
+        FlaxAutoModelForCausalLM.from_pretrained(tmp_path)
+    (tmp_path / "config.json").unlink()
+    with pytest.raises(FileNotFoundError, match=r"there is no config\.json at .*: give a dict, the file or its folder"):
+        FlaxAutoModelForCausalLM.from_pretrained(tmp_path)
+
+
+# ---- the Hub
+
+
+def fake_hub(monkeypatch, download):
+    module = types.ModuleType("huggingface_hub")
+    vars(module)["snapshot_download"] = download
+    monkeypatch.setitem(sys.modules, "huggingface_hub", module)
+
+
+def test_hub_id(folder, monkeypatch):
+    asked = []
+    fake_hub(monkeypatch, lambda name, **options: asked.append((name, options)) or str(folder))
+    model = FlaxAutoModelForCausalLM.from_pretrained("someone/tiny-llama", revision="abc")
+    assert_same(model.params, llama().params)
+    assert model.name_or_path == "someone/tiny-llama"
+    assert asked[0][0] == "someone/tiny-llama" and asked[0][1]["revision"] == "abc"
+    assert "*.bin" not in asked[0][1]["allow_patterns"]
+
+
+def test_hub_failures(monkeypatch):
+    def offline(name, **options):
+        raise OSError("offline mode is on")
+
+    fake_hub(monkeypatch, offline)
+    with pytest.raises(FileNotFoundError, match="neither a folder here nor a model that the Hub gave: offline mode"):
+        FlaxAutoModel.from_pretrained("someone/tiny-llama")
+    with pytest.raises(FileNotFoundError, match="there is no folder '/no/such/place', and this cannot be a Hub id"):
+        FlaxAutoModel.from_pretrained("/no/such/place")
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    with pytest.raises(ImportError, match="pip install huggingface_hub"):
+        FlaxAutoModel.from_pretrained("someone/tiny-llama")
+
+
+# ---- configs
+
+
+@pytest.mark.parametrize(
+    "config, message",
+    [
+        (
+            {**LLAMA, "alibi": True, "logit_scale": 3},
+            r"alibi=True, logit_scale=3 \(not known.*\('alibi', 'logit_scale'\)",
+        ),
+        ({**LLAMA, "quantization_config": {"bits": 4}}, "quantization_config="),
+        ({**LLAMA, "sliding_window": 8}, r"sliding_window=8 \(expected None\)"),
+        ({**LLAMA, "rope_interleaved": True}, r"rope_interleaved=True \(expected False\)"),
+        ({**MISTRAL, "attention_bias": True}, r"attention_bias=True \(expected False\)"),
+        ({**LLAMA, "hidden_act": "relu6"}, "activation 'relu6' is not known; known ones: gelu"),
+        ({**LLAMA, "hidden_size": 9}, "hidden_size 9 is not a multiple of num_attention_heads 2, and head_dim"),
+        ({**LLAMA, "num_key_value_heads": 3}, "num_attention_heads 2 is not a multiple of num_key_value_heads 3"),
+        ({**LLAMA, "rope_parameters": {"rope_type": "su"}}, r"rope_type='su' \(known types: default, linear"),
+        ({**LLAMA, "rope_scaling": {"type": "linear", "factor": 2, "bend": 1}}, r"bend=1 \(keys of 'linear': factor\)"),
+        ({**LLAMA, "rope_scaling": {"type": "llama3", "factor": 2}}, "must give low_freq_factor, high_freq_factor"),
+        ({**LLAMA, "partial_rotary_factor": 0.5}, r"partial_rotary_factor=0\.5 \(expected 1\.0\)"),
+        ({**BERT, "hidden_size": 9}, "hidden_size 9 is not a multiple of num_attention_heads 2"),
+        ({**BERT, "position_embedding_type": "relative_key"}, r"position_embedding_type='relative_key' \(expected"),
+        ({**BERT, "is_decoder": True}, r"is_decoder=True \(expected False\)"),
+        ({**BERT, "model_type": "llava"}, "model_type 'llava' is not implemented; families: bert, llama, mistral"),
+        (SIZES, "model_type None is not implemented"),
+    ],
+)
+def test_configs_that_are_refused(config, message):
+    with pytest.raises(ValueError, match=message):
+        FlaxAutoModelForSequenceClassification.from_config(config, abstract=True)
+
+
+def test_config_keys_without_effect_pass():
+    keys = {"_anything": 1, "torch_dtype": "bfloat16", "attention_dropout": 0.1, "new_key": None, "top_k": 50}
+    assert llama(**keys).config == llama().config
+    vouched = FlaxAutoModelForCausalLM.from_config({**LLAMA, "alibi": 1}, abstract=True, ignore_config_keys=("alibi",))
+    assert vouched.config == llama().config
+
+
+def test_task_that_a_family_lacks():
+    with pytest.raises(ValueError, match="'bert' has no model for causal-lm; it has base, sequence-classification"):
+        FlaxAutoModelForCausalLM.from_config(BERT)
+    with pytest.raises(ValueError, match="'llama' has no model for masked-lm"):
+        FlaxAutoModelForMaskedLM.from_config(LLAMA)
+
+
+def test_number_of_labels():
+    auto = FlaxAutoModelForSequenceClassification
+    assert auto.from_config(BERT, abstract=True).config.num_labels == 2
+    assert auto.from_config({**BERT, "num_labels": 4}, abstract=True).config.num_labels == 4
+    named = {**BERT, "id2label": {"0": "bad", "1": "good"}}
+    assert auto.from_config(named, abstract=True, num_labels=2).config_dict["id2label"] == named["id2label"]
+    assert auto.from_config(named, abstract=True, num_labels=3).config_dict["label2id"]["LABEL_2"] == 2
+    with pytest.raises(ValueError, match="num_labels must be at least 1, got 0"):
+        auto.from_config(BERT, num_labels=0)
+
+
+# ---- the pure function
+
+
+@pytest.mark.parametrize(
+    "inputs, error, message",
+    [
+        ({}, ValueError, "expected one of input_ids and inputs_embeds, got neither"),
+        ({"input_ids": IDS, "inputs_embeds": np.ones((2, 4, 8))}, ValueError, "inputs_embeds, got both"),
+        ({"input_ids": IDS[0]}, ValueError, r"input_ids must be integers \(batch, length\), got int32 \(4,\)"),
+        ({"input_ids": IDS * 1.0}, ValueError, "input_ids must be integers"),
+        ({"inputs_embeds": np.ones((2, 4, 9))}, ValueError, r"inputs_embeds must be \(batch, length, 8\)"),
+        ({"input_ids": IDS, "attention_mask": np.ones((2, 3))}, ValueError, r"attention_mask must be .* = \(2, 4\)"),
+        ({"input_ids": IDS, "position_ids": np.ones((3, 4))}, ValueError, r"position_ids must be \(2, 4\) or \(1, 4\)"),
+        (
+            {"input_ids": IDS, "labels": IDS},
+            TypeError,
+            "takes input_ids, attention_mask.*; got labels .a loss is computed",
+        ),
+    ],
+)
+def test_inputs_that_are_refused(inputs, error, message):
+    model = llama()
+    with pytest.raises(error, match=message):
+        model.apply(model.params, **inputs)
+
+
+def test_too_long_for_bert():
+    model = FlaxAutoModel.from_config(BERT)
+    with pytest.raises(ValueError, match="17 tokens exceed max_position_embeddings=16: truncate"):
+        model.apply(model.params, np.ones((1, 17), np.int32))
+
+
+def test_sequence_classification_needs_a_pad_token():
+    model = FlaxAutoModelForSequenceClassification.from_config({**LLAMA, "pad_token_id": None})
+    assert model.apply(model.params, IDS[:1]).logits.shape == (1, 2)
+    with pytest.raises(ValueError, match="no pad_token_id, so the ends of 2 sequences cannot be found"):
+        model.apply(model.params, IDS)
+
+
+def test_an_id_outside_the_vocabulary_is_not_clamped():
+    model = llama()
+    logits = model.apply(model.params, np.array([[1, 2], [1, 23]])).logits
+    assert np.isfinite(logits[0]).all() and np.isnan(logits[1, 1]).all()
+
+
+def test_params_of_another_structure(tmp_path):
+    model = llama()
+    params = {"model": model.params["model"], "head": {"kernel": jnp.ones((8, 23))}}
+    message = r"structure of model\.params: missing lm_head\.kernel; unexpected head\.kernel"
+    with pytest.raises(ValueError, match=message):
+        model.apply(params, IDS)
+    with pytest.raises(ValueError, match=message):
+        model.save_pretrained(tmp_path, params)
+
+
+@pytest.mark.parametrize("auto, config", [(FlaxAutoModelForCausalLM, LLAMA), (FlaxAutoModelForMaskedLM, BERT)])
+def test_transformations(auto, config):
+    model = auto.from_config(config)
+    traces = []
+
+    @jax.jit
+    def loss(params, ids):
+        traces.append(1)
+        return jnp.square(model.apply(params, ids).logits).mean()
+
+    value, gradient = jax.value_and_grad(loss)(model.params, IDS)
+    assert jax.tree.structure(gradient) == jax.tree.structure(model.params)
+    silent = {
+        jax.tree_util.keystr(path) for path, leaf in jax.tree_util.tree_leaves_with_path(gradient) if not np.any(leaf)
+    }
+    # Softmax does not see what is added to all scores of a query.
+    assert all(path.endswith("['key']['bias']") for path in silent)
+    before = len(traces)
+    np.testing.assert_allclose(loss(jax.tree.map(lambda leaf: leaf * 1.0, model.params), IDS), value, rtol=1e-6)
+    assert len(traces) == before
+    one_by_one = jax.vmap(lambda ids: model.apply(model.params, ids[None]).logits[0])(jnp.asarray(IDS))
+    np.testing.assert_allclose(one_by_one, jax.jit(model.apply)(model.params, IDS).logits, atol=1e-4)
+    two = jax.tree.map(lambda leaf: jnp.stack([leaf, leaf]), model.params)
+    assert jax.vmap(lambda params: model.apply(params, IDS).logits)(two).shape == (2, 2, 4, 23)
+
+
+def test_abstract_model_allocates_nothing():
+    model = FlaxAutoModelForCausalLM.from_config({"model_type": "llama"}, abstract=True, param_dtype=jnp.bfloat16)
+    assert all(type(leaf) is jax.ShapeDtypeStruct for leaf in jax.tree.leaves(model.params))
+    assert sum(leaf.size for leaf in jax.tree.leaves(model.params)) == 6_738_415_616  # Llama 2 7B
+    logits = jax.eval_shape(model.apply, model.params, jax.ShapeDtypeStruct((1, 64), jnp.int32)).logits
+    assert logits.shape == (1, 64, 32000) and logits.dtype == jnp.bfloat16
+
+
+def test_a_linear_layer_is_one_product():
+    model = llama()
+    text = str(jax.make_jaxpr(model.apply)(model.params, IDS))
+    layers, projections, attention, head = 2, 7, 2, 1
+    assert text.count("dot_general[") == layers * (projections + attention) + head
+
+
+def test_initial_values_depend_on_the_path_alone():
+    small, deep = llama(), llama(num_hidden_layers=3)
+    assert_same(deep.params["model"]["layers"]["1"], small.params["model"]["layers"]["1"])
+    first, second = (small.params["model"]["layers"][i]["mlp"]["up_proj"]["kernel"] for i in "01")
+    assert np.abs(first - second).max() > 0.1
+    assert np.all(small.params["model"]["norm"]["scale"] == 1)
