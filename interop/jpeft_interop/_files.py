@@ -40,7 +40,7 @@ def read_tensors(path: Path) -> dict[str, np.ndarray]:
     Raises ValueError if the file is truncated, damaged or no safetensors file, FileNotFoundError if there is none.
     """
     with _opened(path) as file:
-        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
+        return {name: file.get_tensor(name) for name in file.keys()}
 
 
 def _opened(path: Path) -> Any:

@@ -1,15 +1,12 @@
 """The keys of `adapter_model.safetensors`, and the arrays of an adapter that they stand for."""
 
-import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import jax
-from jpeft._config import PeftConfig, TunerConfig
 from jpeft._params import Adapter
-from jpeft._paths import BIAS_NAMES, last_name, parent
-from jpeft._targets import saved_modules
+from jpeft._paths import last_name, parent
 
 from ._family import Family
 from ._listed import listed
@@ -19,11 +16,6 @@ PREFIX = "base_model.model."
 
 # Parameters that are the weight of a small layer in PyTorch; the others are parameters of the adapted layer itself.
 LAYERS = ("lora_A", "lora_B")
-
-# PEFT writes the base weights of these too, where a list of targets names them or an expression means them.
-EMBEDDINGS = ("embed_tokens", "lm_head")
-
-_COPIES = re.compile(r"(?P<module>.+?)\.(?P<which>original_module|modules_to_save)\.(?P<rest>.+)")
 
 
 @dataclass(frozen=True)
@@ -44,7 +36,9 @@ class Slot:
         """The tensor as it is in the file."""
         if self.group == "weights":
             return adapter.weights[self.path][self.name]
-        return adapter.shared[self.name] if self.group == "shared" else to_torch(adapter.replaced[self.path], self.layout)
+        if self.group == "shared":
+            return adapter.shared[self.name]
+        return to_torch(adapter.replaced[self.path], self.layout)
 
     def turned(self, tensor: Any) -> jax.Array:
         """The array of the adapter for a tensor of a file."""
@@ -108,66 +102,3 @@ def _leaf_key(family: Family, path: str, adapter: Adapter) -> str:
     if module:
         names.insert(0, family.module(module))
     return PREFIX + ".".join(names)
-
-
-def written_embeddings(adapter: Adapter) -> list[str]:
-    """The leaves of adapted embeddings and output layers whose base weights PEFT writes beside the adapter's."""
-    targets = getattr(adapter.config, "target_modules", None) or ()
-    adapted = [site for path, site in adapter.sites.items() if last_name(path) in EMBEDDINGS]
-    if not isinstance(targets, str) and not any(name in targets for name in EMBEDDINGS):
-        return []
-    return [site.leaf for site in adapted if site.leaf not in adapter.replaced]
-
-
-def possible_embeddings(leaves: Mapping[str, Any]) -> list[str]:
-    """Leaves that a file may hold in full without the config saying so: PEFT writes embeddings that were resized."""
-    return [
-        path
-        for path, leaf in leaves.items()
-        if len(leaf.shape) == 2 and ("embed" in last_name(path) or last_name(parent(path)) in EMBEDDINGS)
-    ]
-
-
-def original_biases(config: PeftConfig, paths: Iterable[str], replaced: Iterable[str]) -> dict[str, tuple[str, str]]:
-    """{leaf path: (module, rest)} for the biases of modules saved in full of which PEFT keeps the original, too.
-
-    It does so with bias="all", which writes every tensor whose name ends in "bias".
-    """
-    if not isinstance(config, TunerConfig) or config.bias != "all":
-        return {}
-    modules = saved_modules(paths, config)
-    return {
-        leaf: (module, leaf[len(module) + 1 :])
-        for leaf in replaced
-        for module in modules
-        if last_name(leaf) in BIAS_NAMES and leaf.startswith(f"{module}.")
-    }
-
-
-def original_key(family: Family, module: str, rest: str) -> str:
-    """The key under which PEFT writes the original of a bias."""
-    inner, name = parent(rest), family.leaf(last_name(rest))
-    return ".".join(filter(None, [PREFIX + family.module(module), "original_module", inner, name]))
-
-
-def copy_of(key: str, family: Family, expected: Iterable[str]) -> str | None:
-    """The key of which this one is a second copy in the file, if it is one.
-
-    PEFT writes the biases of a module saved in full twice when bias is "all", and tied tensors by each of their names.
-
-    >>> from ._family import FAMILIES
-    >>> keys = ["base_model.model.head.bias"]
-    >>> copy_of("base_model.model.head.modules_to_save.bias", FAMILIES["hf"], keys)
-    'base_model.model.head.bias'
-    """
-    candidates = [
-        PREFIX + other
-        for pair in family.tied
-        for one, other in (pair, pair[::-1])
-        if key == PREFIX + one
-    ]
-    if (found := _COPIES.fullmatch(key)) and found["which"] == "modules_to_save" and key.endswith(".bias"):
-        rest = found["rest"]
-        # In a module of modules the name of the adapter is still there.
-        candidates += [f"{found['module']}.{rest}", f"{found['module']}.{rest.partition('.')[2]}"]
-    return next((name for name in candidates if name in expected), None)

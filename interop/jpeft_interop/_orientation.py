@@ -12,9 +12,7 @@ from jpeft._sites import bias_layout, candidates, canonical, restored
 from ._listed import listed
 
 
-def torch_layouts(
-    leaves: Mapping[str, Any], paths: Iterable[str], layouts: Mapping[str, str]
-) -> dict[str, str | None]:
+def torch_layouts(leaves: Mapping[str, Any], paths: Iterable[str], layouts: Mapping[str, str]) -> dict[str, str | None]:
     """{path: layout} for those of the tree's leaves that are to be written in full; None: shaped alike in PyTorch.
 
     Raises ValueError for a kernel whose layout is unknown, and for leaves that hold a stack of modules.

@@ -50,7 +50,7 @@ def _padding(attention_mask: jax.Array | None, batch: int, length: int) -> jax.A
             f"attention_mask must be (batch, length) = {(batch, length)}, nonzero where there is a token; "
             f"got {attention_mask.shape}"
         )
-    return (attention_mask != 0)[:, None, None, :]
+    return attention_mask.astype(bool)[:, None, None, :]
 
 
 def _same_sequence(position_ids: jax.Array) -> jax.Array:

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Sharding
 from jax.typing import DTypeLike
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
 from ._family import Architecture, Family
 from ._leaves import Leaf, initial_value, listed
@@ -82,11 +82,21 @@ def weight_files(folder: Path) -> list[Path]:
     )
 
 
+def _opened(file: Path) -> Any:
+    try:
+        return safe_open(file, framework="numpy")
+    except SafetensorError as error:
+        raise ValueError(
+            f"{file} ({file.stat().st_size} bytes) is truncated, damaged, or no safetensors file: {error}. "
+            "Copy or download it again"
+        ) from error
+
+
 def catalogue(files: Iterable[Path]) -> dict[str, Tensor]:
     """The tensors of some safetensors files, by name."""
     tensors = {}
     for file in files:
-        with safe_open(file, framework="numpy") as handle:
+        with _opened(file) as handle:
             for name in sorted(handle.keys()):
                 view = handle.get_slice(name)
                 tensors[name] = Tensor(file, name, tuple(view.get_shape()), view.get_dtype())
@@ -186,7 +196,7 @@ def _untied(given: Mapping[str, Tensor], wanted: Mapping[str, Any], tied: Mappin
 
 
 def _read(tensor: Tensor) -> np.ndarray:
-    with safe_open(tensor.file, framework="numpy") as handle:
+    with _opened(tensor.file) as handle:
         return handle.get_tensor(tensor.name)
 
 
@@ -210,7 +220,7 @@ def load(
 
     def arrays() -> Iterator[tuple[str, jax.Array]]:
         for file in sorted(by_file):
-            with safe_open(file, framework="numpy") as handle:
+            with _opened(file) as handle:
                 for leaf in by_file[file]:
                     name = matched.found[leaf.path].name
                     yield leaf.path, _place(handle, name, leaf, param_dtype, _sharding_of(leaf, shardings))

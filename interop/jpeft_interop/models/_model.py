@@ -12,7 +12,7 @@ from jax.typing import ArrayLike, DTypeLike
 
 from ._family import Architecture, Family
 from ._leaves import Leaf, check_paths, flatten, leaves_of, nest
-from ._saving import write_config, write_weights
+from ._saving import write_checkpoint
 
 Params = dict[str, Any]
 """Nested dict of arrays: the modules of the `transformers` class, then `kernel`, `bias`, `embedding` or `scale`."""
@@ -84,21 +84,22 @@ class FlaxModel:
     ) -> None:
         """Write `config.json` and `model.safetensors` (or shards), which `transformers` loads.
 
-        `params` defaults to the model's own. Raises ValueError if their structure is not that of `self.params`.
+        `params` defaults to the model's own. Raises ValueError if their structure or a shape is not that of
+        `self.params`, OSError if the files cannot be written.
         """
         params = self.params if params is None else params
         check_paths(params, self.blueprint.leaves)
         arrays = dict(flatten(params))
-        folder = Path(directory)
-        folder.mkdir(parents=True, exist_ok=True)
-        write_weights(folder, self.blueprint.leaves, arrays, max_shard_bytes)
+        for path, leaf in self.blueprint.leaves.items():
+            if arrays[path].shape != leaf.shape:
+                raise ValueError(f"{path} has the shape {arrays[path].shape}, expected {leaf.shape}")
         rest = {key: value for key, value in self.config_dict.items() if key != "torch_dtype"}
         described = {
             "model_type": self.blueprint.family.model_type,
             "architectures": [self.blueprint.architecture.name],
             "dtype": jnp.dtype(next(iter(arrays.values())).dtype).name,
         }
-        write_config(folder, rest | described)
+        write_checkpoint(Path(directory), rest | described, self.blueprint.leaves, arrays, max_shard_bytes)
 
 
 def abstract_params(leaves: Mapping[str, Leaf], dtype: DTypeLike) -> Params:

@@ -2,57 +2,60 @@
 
 import json
 import os
-from collections.abc import Iterable, Mapping
+import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
-from safetensors.numpy import save_file
 
+from .._files import write_tensors
 from ._leaves import Leaf
 
-
-def write_config(directory: Path, raw: Mapping[str, Any]) -> None:
-    """Write config.json."""
-    text = json.dumps(raw, indent=2, sort_keys=True) + "\n"
-    _replace(directory / "config.json", lambda path: path.write_text(text, encoding="utf-8"))
+WEIGHTS = "model.safetensors"
+INDEX = "model.safetensors.index.json"
 
 
-def write_weights(
-    directory: Path, leaves: Mapping[str, Leaf], arrays: Mapping[str, jax.Array], max_shard_bytes: int
+def write_checkpoint(
+    directory: Path,
+    raw: Mapping[str, Any],
+    leaves: Mapping[str, Leaf],
+    arrays: Mapping[str, jax.Array],
+    max_shard_bytes: int,
 ) -> None:
-    """Write `model.safetensors`, or numbered shards and their index if the weights exceed `max_shard_bytes`.
+    """Write config.json and the weights: one file, or shards with an index if they exceed `max_shard_bytes`.
 
-    Both mappings are by path. One shard at a time is in the host's memory. Weights that the folder held before under
-    the other of the two forms are removed: `transformers` would read them instead.
+    `leaves` and `arrays` are by path. One shard at a time is in the host's memory. Everything is written beside the
+    old files and moved into place at the end; weights that were there under other names are then removed, for a
+    reader might prefer them.
     """
-    groups = _shards(arrays, max_shard_bytes)
-    names = _shard_names(len(groups))
-    for name, group in zip(names, groups, strict=True):
-        # A kernel is a transposed view here, and safetensors writes the memory behind a view as if it were in order.
-        tensors = {
-            leaves[path].checkpoint_name: np.ascontiguousarray(_theirs(arrays[path], leaves[path])) for path in group
-        }
-        _replace(directory / name, lambda path, tensors=tensors: save_file(tensors, path, metadata={"format": "pt"}))
-    index = directory / "model.safetensors.index.json"
-    if len(groups) == 1:
-        index.unlink(missing_ok=True)
-        return
-    weight_map = {
-        leaves[path].checkpoint_name: name for name, group in zip(names, groups, strict=True) for path in group
-    }
-    total = sum(array.nbytes for array in arrays.values())
-    text = json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=2, sort_keys=True)
-    _replace(index, lambda path: path.write_text(text + "\n", encoding="utf-8"))
-    (directory / "model.safetensors").unlink(missing_ok=True)
+    directory.mkdir(parents=True, exist_ok=True)
+    stale = _weights_in(directory)
+    with tempfile.TemporaryDirectory(dir=directory, prefix=".saving-") as name:
+        staging = Path(name)
+        shards = _shards(arrays, max_shard_bytes)
+        for file, paths in shards.items():
+            write_tensors(
+                staging / file, {leaves[path].checkpoint_name: _theirs(arrays, leaves, path) for path in paths}
+            )
+        if len(shards) > 1:
+            weight_map = {leaves[path].checkpoint_name: file for file, paths in shards.items() for path in paths}
+            total = sum(array.nbytes for array in arrays.values())
+            _write_json(staging / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+        _write_json(staging / "config.json", raw)
+        written = sorted(file.name for file in staging.iterdir())
+        for file in written:
+            os.replace(staging / file, directory / file)
+    for file in stale - set(written):
+        (directory / file).unlink(missing_ok=True)
 
 
-def _theirs(array: jax.Array, leaf: Leaf) -> np.ndarray:
-    return np.asarray(array).transpose(np.argsort(leaf.stored.axes))
+def _theirs(arrays: Mapping[str, jax.Array], leaves: Mapping[str, Leaf], path: str) -> np.ndarray:
+    return np.asarray(arrays[path]).transpose(np.argsort(leaves[path].stored.axes))
 
 
-def _shards(arrays: Mapping[str, jax.Array], max_bytes: int) -> list[list[str]]:
+def _shards(arrays: Mapping[str, jax.Array], max_bytes: int) -> dict[str, list[str]]:
     groups: list[list[str]] = [[]]
     size = 0
     for path, array in arrays.items():
@@ -61,20 +64,16 @@ def _shards(arrays: Mapping[str, jax.Array], max_bytes: int) -> list[list[str]]:
             size = 0
         groups[-1].append(path)
         size += array.nbytes
-    return groups
+    if len(groups) == 1:
+        return {WEIGHTS: groups[0]}
+    return {f"model-{i:05}-of-{len(groups):05}.safetensors": group for i, group in enumerate(groups, 1)}
 
 
-def _shard_names(count: int) -> Iterable[str]:
-    if count == 1:
-        return ["model.safetensors"]
-    return [f"model-{number:05}-of-{count:05}.safetensors" for number in range(1, count + 1)]
+def _weights_in(directory: Path) -> set[str]:
+    index = directory / INDEX
+    shards = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values() if index.is_file() else ()
+    return {WEIGHTS, INDEX, *(shard for shard in shards if Path(shard).name == shard)}
 
 
-def _replace(path: Path, write: Any) -> None:
-    # A reader never sees half a file, and a run that dies while writing leaves the old one.
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        write(temporary)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+def _write_json(path: Path, value: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n", encoding="utf-8")

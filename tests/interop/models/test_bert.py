@@ -6,12 +6,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
+
 from jpeft_interop.models import (
     FlaxAutoModel,
     FlaxAutoModelForMaskedLM,
     FlaxAutoModelForSequenceClassification,
 )
-from safetensors.numpy import load_file, save_file
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")

@@ -12,13 +12,14 @@ import ml_dtypes
 import numpy as np
 import pytest
 from jax.sharding import SingleDeviceSharding
+from safetensors.numpy import load_file, save_file
+
 from jpeft_interop.models import (
     FlaxAutoModel,
     FlaxAutoModelForCausalLM,
     FlaxAutoModelForMaskedLM,
     FlaxAutoModelForSequenceClassification,
 )
-from safetensors.numpy import load_file, save_file
 
 SIZES = {
     "vocab_size": 23,
@@ -103,6 +104,7 @@ def test_saving_again_in_another_form_removes_the_first(folder):
     assert_same(FlaxAutoModelForCausalLM.from_pretrained(folder).params, changed)
     model.save_pretrained(folder)
     assert_same(FlaxAutoModelForCausalLM.from_pretrained(folder).params, model.params)
+    assert sorted(path.name for path in folder.iterdir()) == ["config.json", "model.safetensors"]
 
 
 def test_param_dtype_and_dtype(folder):
@@ -222,6 +224,13 @@ def test_head_of_another_size(tmp_path):
         new = auto.from_pretrained(tmp_path, num_labels=5, ignore_mismatched_sizes=True, param_dtype=jnp.bfloat16)
     assert new.params["classifier"]["kernel"].shape == (8, 5)
     assert new.params["classifier"]["kernel"].dtype == jnp.bfloat16
+
+
+def test_damaged_file(folder):
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-5])
+    with pytest.raises(ValueError, match=r"model\.safetensors .* is truncated, damaged.*download it again"):
+        FlaxAutoModelForCausalLM.from_pretrained(folder)
 
 
 def test_pickles_are_refused(folder):
@@ -388,6 +397,25 @@ def test_params_of_another_structure(tmp_path):
         model.apply(params, IDS)
     with pytest.raises(ValueError, match=message):
         model.save_pretrained(tmp_path, params)
+
+
+def test_params_of_another_shape_are_not_saved(tmp_path):
+    model = llama()
+    params = {**model.params, "lm_head": {"kernel": jnp.ones((8, 24))}}
+    with pytest.raises(ValueError, match=r"lm_head\.kernel has the shape \(8, 24\), expected \(8, 23\)"):
+        model.save_pretrained(tmp_path, params)
+
+
+@pytest.mark.parametrize("dtype", [bool, np.int8, np.float32])
+@pytest.mark.parametrize("config", [MISTRAL, BERT])
+def test_attention_mask_of_any_dtype(config, dtype):
+    model = FlaxAutoModel.from_config(config, param_dtype=jnp.bfloat16)
+    mask = np.array([[1, 1, 1, 1], [1, 1, 0, 0]])
+    masked = model.apply(model.params, IDS, attention_mask=mask.astype(dtype)).last_hidden_state
+    alone = model.apply(model.params, IDS[1:, :2]).last_hidden_state
+    np.testing.assert_allclose(
+        np.asarray(masked[1:, :2], np.float32), np.asarray(alone, np.float32), rtol=0.02, atol=0.02
+    )
 
 
 @pytest.mark.parametrize("auto, config", [(FlaxAutoModelForCausalLM, LLAMA), (FlaxAutoModelForMaskedLM, BERT)])

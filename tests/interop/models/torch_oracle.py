@@ -5,14 +5,16 @@ from typing import Any
 
 import jax
 import numpy as np
-import torch
-import transformers
+import pytest
+
+torch = pytest.importorskip("torch")
+transformers = pytest.importorskip("transformers")
 
 ATOL = 1e-4
 """Largest difference allowed, as a part of the largest value."""
 
 
-def random_model(name: str, config: transformers.PreTrainedConfig, seed: int = 0) -> Any:
+def random_model(name: str, config: Any, seed: int = 0) -> Any:
     """The transformers class `name`, in float32, with every parameter random: norms and biases too."""
     model = getattr(transformers, name)(config).float().eval()
     generator = torch.Generator().manual_seed(seed)

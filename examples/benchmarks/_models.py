@@ -1,0 +1,215 @@
+"""What the benchmarks measure: a Llama-like decoder in plain JAX, and ways to train LoRA on it.
+
+The decoder asks a `project` function for the products of one x with several weights, so that every way of computing
+an adapted product runs in the same model.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import lax
+
+import jpeft
+
+PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+@dataclasses.dataclass(frozen=True)
+class Shape:
+    """Sizes of a decoder. scan: layers are one stack that `lax.scan` goes through, rematerialised; else a list."""
+
+    hidden: int
+    intermediate: int
+    heads: int
+    layers: int
+    vocabulary: int
+    scan: bool = False
+
+    @property
+    def kernels(self) -> dict[str, tuple[int, int]]:
+        wide, narrow = (self.hidden, self.intermediate), (self.intermediate, self.hidden)
+        attention = dict.fromkeys(PROJECTIONS[:4], (self.hidden, self.hidden))
+        return {**attention, "gate_proj": wide, "up_proj": wide, "down_proj": narrow}
+
+
+def parameter_shapes(shape: Shape) -> dict[str, Any]:
+    """The parameter tree, with a shape in place of each array."""
+
+    def layer(lead: tuple[int, ...]) -> dict[str, Any]:
+        projections = {name: {"kernel": (*lead, *kernel)} for name, kernel in shape.kernels.items()}
+        return {**projections, "input_norm": (*lead, shape.hidden), "output_norm": (*lead, shape.hidden)}
+
+    return {
+        "embedding": (shape.vocabulary, shape.hidden),
+        "layers": layer((shape.layers,)) if shape.scan else [layer(()) for _ in range(shape.layers)],
+        "norm": (shape.hidden,),
+        "head": (shape.hidden, shape.vocabulary),
+    }
+
+
+def is_shape(value: Any) -> bool:
+    return isinstance(value, tuple)
+
+
+def random_parameters(shape: Shape, dtype: Any, seed: int = 0) -> dict[str, Any]:
+    leaves, structure = jax.tree.flatten(parameter_shapes(shape), is_leaf=is_shape)
+    keys = jax.random.split(jax.random.key(seed), len(leaves))
+
+    def initial(key: jax.Array, size: tuple[int, ...]) -> jax.Array:
+        # One axis: a norm's scale.
+        array = jnp.ones(size) if len(size) == 1 else jax.random.normal(key, size) * size[-2] ** -0.5
+        return array.astype(dtype)
+
+    return jax.tree.unflatten(structure, [initial(key, size) for key, size in zip(keys, leaves, strict=True)])
+
+
+Project = Callable[..., tuple[jax.Array, ...]]  # (x, *weights) -> the product of x with each weight
+Constrain = Callable[[jax.Array], jax.Array]
+
+
+def plain(x: jax.Array, *weights: dict[str, jax.Array]) -> tuple[jax.Array, ...]:
+    return tuple(x @ weight["kernel"] for weight in weights)
+
+
+def decoder_loss(
+    params: dict[str, Any], tokens: jax.Array, shape: Shape, project: Project = plain, constrain: Constrain = lambda x: x
+) -> jax.Array:
+    """Mean cross-entropy of the next token. constrain: applied to each layer's result, to shard it."""
+
+    def layer(x: jax.Array, weights: dict[str, Any]) -> tuple[jax.Array, None]:
+        return constrain(_layer(x, weights, shape, project)), None
+
+    x = constrain(params["embedding"][tokens])
+    if shape.scan:
+        x, _ = lax.scan(jax.checkpoint(layer, prevent_cse=False), x, params["layers"])
+    else:
+        for weights in params["layers"]:
+            x, _ = layer(x, weights)
+    logits = (_norm(x, params["norm"]) @ params["head"])[:, :-1].astype(jnp.float32)
+    return optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:]).mean()
+
+
+def _layer(x: jax.Array, weights: dict[str, Any], shape: Shape, project: Project) -> jax.Array:
+    h = _norm(x, weights["input_norm"])
+    q, k, v = project(h, *(weights[name] for name in PROJECTIONS[:3]))
+    heads = (*x.shape[:2], shape.heads, -1)
+    q, k = _rotated(q.reshape(heads)), _rotated(k.reshape(heads))
+    attended = jax.nn.dot_product_attention(q, k, v.reshape(heads), is_causal=True)
+    x = x + project(attended.reshape(x.shape), weights["o_proj"])[0]
+    h = _norm(x, weights["output_norm"])
+    gate, up = project(h, weights["gate_proj"], weights["up_proj"])
+    return x + project(jax.nn.silu(gate) * up, weights["down_proj"])[0]
+
+
+def _norm(x: jax.Array, scale: jax.Array) -> jax.Array:
+    wide = x.astype(jnp.float32)
+    return (wide * lax.rsqrt(jnp.mean(wide * wide, -1, keepdims=True) + 1e-6)).astype(x.dtype) * scale
+
+
+def _rotated(x: jax.Array) -> jax.Array:
+    half = x.shape[-1] // 2
+    angles = jnp.arange(x.shape[1])[:, None] * 10_000.0 ** (-jnp.arange(half) / half)
+    cos, sin = (f(angles)[None, :, None].astype(x.dtype) for f in (jnp.cos, jnp.sin))
+    first, second = x[..., :half], x[..., half:]
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], -1)
+
+
+# Ways to compute an adapted product. A weight is {"kernel": (in, out), "lora_A": (r, in), "lora_B": (out, r)}; the
+# scale is one, as in jpeft with lora_alpha = r.
+
+
+def shifted(x: jax.Array, *weights: dict[str, jax.Array]) -> tuple[jax.Array, ...]:
+    """The floor: the gradient of a shift of q, k, v asks for that of every activation, and of no weight."""
+    products = zip(plain(x, *weights), weights, strict=True)
+    return tuple(y + weight["shift"] if "shift" in weight else y for y, weight in products)
+
+
+def autodiff(x: jax.Array, *weights: dict[str, jax.Array]) -> tuple[jax.Array, ...]:
+    """The formula as one writes it."""
+    return tuple(
+        x @ w["kernel"] + (x @ w["lora_A"].astype(x.dtype).T) @ w["lora_B"].astype(x.dtype).T for w in weights
+    )
+
+
+def materialised(x: jax.Array, *weights: dict[str, jax.Array]) -> tuple[jax.Array, ...]:
+    return tuple(x @ (w["kernel"] + (w["lora_B"] @ w["lora_A"]).T.astype(x.dtype)) for w in weights)
+
+
+# Ways to train. Each is (trainable tree, frozen tree, loss(trainable, frozen, tokens)).
+
+
+@dataclasses.dataclass(frozen=True)
+class Variant:
+    trainable: Any
+    frozen: Any
+    loss: Callable[[Any, Any, jax.Array], jax.Array]
+
+
+Loss = Callable[..., jax.Array]  # (params, tokens, project=...) -> loss
+
+
+def _with(base: dict[str, Any], own: Any) -> dict[str, Any]:
+    """The base tree with arrays added to its projections: own is {name: arrays} a layer, or one such for a stack."""
+
+    def layer(weights: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
+        return {**weights, **{name: {**weights[name], **arrays} for name, arrays in own.items()}}
+
+    layers = base["layers"]
+    if isinstance(layers, dict):
+        return {**base, "layers": layer(layers, own)}
+    return {**base, "layers": [layer(*pair) for pair in zip(layers, own, strict=True)]}
+
+
+def frozen_floor(base: dict[str, Any], loss: Loss, shape: Shape, zeros: Callable[..., Any]) -> Variant:
+    """zeros: makes an array, or an abstract one, of a shape."""
+    lead = (shape.layers,) if shape.scan else ()
+    shifts = {name: {"shift": zeros((*lead, shape.kernels[name][1]))} for name in PROJECTIONS[:3]}
+    # In a list of layers the shift of the first one is enough, and costs nothing.
+    trainable = shifts if shape.scan else [shifts, *({} for _ in range(shape.layers - 1))]
+
+    def of(trainable: Any, frozen: Any, tokens: jax.Array) -> jax.Array:
+        shifts = jax.tree.map(lambda shift: shift.astype(frozen["embedding"].dtype), trainable)
+        return loss(_with(frozen, shifts), tokens, project=shifted)
+
+    return Variant(trainable, base, of)
+
+
+def full_fine_tuning(base: dict[str, Any], loss: Loss) -> Variant:
+    return Variant(base, {}, lambda trainable, frozen, tokens: loss(trainable, tokens))
+
+
+def by_jpeft(wrapped: jpeft.PeftParams, loss: Loss) -> Variant:
+    lifted = jpeft.lift(loss)
+    trainable, frozen = jpeft.partition(wrapped)
+    return Variant(trainable, frozen, lambda *args: lifted(jpeft.combine(*args[:2]), args[2]))
+
+
+def by_hand(wrapped: jpeft.PeftParams, loss: Loss, project: Project) -> Variant:
+    """The same adapters as jpeft's, in a model that is written for them."""
+    own = wrapped.adapters["default"].weights
+    layers = wrapped.base["layers"]
+    if isinstance(layers, dict):
+        trainable: Any = {name: dict(own[f"layers.{name}"]) for name in PROJECTIONS}
+    else:
+        trainable = [{name: dict(own[f"layers.{i}.{name}"]) for name in PROJECTIONS} for i in range(len(layers))]
+    return Variant(
+        trainable,
+        wrapped.base,
+        lambda trainable, frozen, tokens: loss(_with(frozen, trainable), tokens, project=project),
+    )
+
+
+def training_step(variant: Variant) -> tuple[optax.GradientTransformation, Callable[..., Any]]:
+    """(optimizer, jitted step): forward, backward and AdamW; trainable and optimizer state are donated."""
+    optimizer = optax.adamw(1e-4)
+
+    def step(trainable: Any, state: Any, frozen: Any, tokens: jax.Array) -> Any:
+        loss, gradient = jax.value_and_grad(variant.loss)(trainable, frozen, tokens)
+        updates, state = optimizer.update(gradient, state, trainable)
+        return optax.apply_updates(trainable, updates), state, loss
+
+    return optimizer, jax.jit(step, donate_argnums=(0, 1))

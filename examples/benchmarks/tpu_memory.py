@@ -1,0 +1,181 @@
+"""Memory of a training step of a 7B Llama on 16 TPU v5e chips, from compilation alone: no TPU is needed.
+
+    pip install libtpu
+    python examples/benchmarks/tpu_memory.py
+
+The compiler for TPUs is in `libtpu`; it compiles the whole step for a described topology and reports the memory of one
+chip. FSDP over the 16 chips, layers scanned and rematerialised, bfloat16 weights, float32 adapters and AdamW.
+"""
+
+import argparse
+import functools
+import json
+import os
+import re
+import time
+from collections.abc import Callable
+from typing import Any
+from unittest import mock
+
+# Read by libtpu when it loads: what it would otherwise ask the TPU's host for.
+os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-16")
+os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
+# Nothing runs, so nothing may wait for a TPU that is not there.
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+import jax
+import jax.numpy as jnp
+from _models import (
+    PROJECTIONS,
+    Shape,
+    Variant,
+    autodiff,
+    by_hand,
+    by_jpeft,
+    decoder_loss,
+    frozen_floor,
+    full_fine_tuning,
+    is_shape,
+    materialised,
+    parameter_shapes,
+    training_step,
+)
+from jax.experimental import topologies
+from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
+from tqdm import tqdm
+
+import jpeft
+
+GIB = 2**30
+# The axis that FSDP splits: the one of the model's width, as MaxText does.
+SPLIT = {**dict.fromkeys(PROJECTIONS, 1), "o_proj": 2, "down_proj": 2}
+COLLECTIVES = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "collective-permute")
+
+
+def main() -> None:
+    args = arguments()
+    mesh = Mesh(topologies.get_topology_desc("v5e:4x4", platform="tpu").devices, ("fsdp",))
+    shape = Shape(4096, 11008, 32, args.layers, 32000, scan=True)
+    tokens = abstract(mesh, (args.batch * mesh.size, args.length), jnp.int32, P("fsdp"))
+    rows = []
+    made = variants(mesh, shape, args.rank)
+    for name in tqdm(args.only or made, desc="compiling"):
+        rows.append({"variant": name, **measured(made[name], tokens, args.dump and f"{args.dump}.{name}")})
+        tqdm.write(json.dumps(rows[-1]))
+    print(f"\n{args.layers} layers, rank {args.rank}, {args.batch} x {args.length} tokens a chip, jax {jax.__version__}")
+    print(table(rows))
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rank", type=int, default=8)
+    parser.add_argument("--layers", type=int, default=32)
+    parser.add_argument("--batch", type=int, default=4, help="sequences a chip")
+    parser.add_argument("--length", type=int, default=2048, help="tokens a sequence")
+    parser.add_argument("--only", nargs="*", help="names of variants")
+    parser.add_argument("--dump", help="write each compiled program to this path, with the variant's name added")
+    return parser.parse_args()
+
+
+def abstract(mesh: Mesh, size: tuple[int, ...], dtype: Any, spec: P) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(size, dtype, sharding=NamedSharding(mesh, spec))
+
+
+def base_parameters(mesh: Mesh, shape: Shape) -> dict[str, Any]:
+    def leaf(path: tuple[Any, ...], size: tuple[int, ...]) -> jax.ShapeDtypeStruct:
+        names = [entry.key for entry in path]
+        split = SPLIT.get(names[-2]) if names[-1] == "kernel" else {"embedding": 1, "head": 0}.get(names[-1])
+        return abstract(mesh, size, jnp.bfloat16, P(*("fsdp" if axis == split else None for axis in range(len(size)))))
+
+    return jax.tree_util.tree_map_with_path(leaf, parameter_shapes(shape), is_leaf=is_shape)
+
+
+def wrapped_parameters(mesh: Mesh, base: dict[str, Any], rank: int) -> jpeft.PeftParams:
+    config = jpeft.LoraConfig(r=rank, lora_alpha=rank, target_modules=list(PROJECTIONS))
+    wrapped = jpeft.wrap(base, config, layouts={r"layers\..*_proj": "bio"})
+
+    def leaf(path: tuple[Any, ...], array: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        # lora_A (layers, r, in), lora_B (layers, out, r): split where the weight is, else replicated.
+        where = jax.tree_util.keystr(path)
+        inward = SPLIT[next(name for name in PROJECTIONS if name in where)] == 1
+        own = {(True, "lora_A"): P(None, None, "fsdp"), (False, "lora_B"): P(None, "fsdp")}
+        name = next((name for name in ("lora_A", "lora_B") if name in where), None)
+        return abstract(mesh, array.shape, array.dtype, own.get((inward, name), P()))
+
+    adapters = jax.tree_util.tree_map_with_path(leaf, wrapped.adapters)
+    return jpeft.PeftParams(base, adapters, wrapped.active)
+
+
+def variants(mesh: Mesh, shape: Shape, rank: int) -> dict[str, Variant]:
+    rows = NamedSharding(mesh, P("fsdp"))
+    loss = functools.partial(
+        decoder_loss, shape=shape, constrain=lambda x: jax.lax.with_sharding_constraint(x, rows)
+    )
+    base = base_parameters(mesh, shape)
+    wrapped = wrapped_parameters(mesh, base, rank)
+    zeros = lambda size: abstract(mesh, size, jnp.float32, P())  # noqa: E731
+    lifted = by_jpeft(wrapped, loss)
+    return {
+        "floor": frozen_floor(base, loss, shape, zeros),
+        "jpeft-tpu": as_on("tpu", lifted),
+        "jpeft-cpu": as_on("cpu", lifted),
+        "autodiff": by_hand(wrapped, loss, autodiff),
+        "materialised": by_hand(wrapped, loss, materialised),
+        "full": full_fine_tuning(base, loss),
+    }
+
+
+def as_on(platform: str, variant: Variant) -> Variant:
+    def loss(*args: Any) -> jax.Array:
+        with mock.patch("jpeft._lift._products.platform", lambda: platform):
+            return variant.loss(*args)
+
+    return Variant(variant.trainable, variant.frozen, loss)
+
+
+def measured(variant: Variant, tokens: jax.ShapeDtypeStruct, dump: str | None) -> dict[str, Any]:
+    """GiB a chip, or why the compiler refuses."""
+    optimizer, step = training_step(variant)
+    state = like(jax.eval_shape(optimizer.init, variant.trainable), variant.trainable)
+    start = time.perf_counter()
+    try:
+        compiled = step.lower(variant.trainable, state, variant.frozen, tokens).compile()
+    except jax.errors.JaxRuntimeError as error:
+        return {"refused": first_line(error)}
+    memory, text = compiled.memory_analysis(), compiled.as_text()
+    if dump:
+        with open(dump, "w") as file:
+            file.write(text)
+    return {
+        "temporary": round(memory.temp_size_in_bytes / GIB, 3),
+        "arguments": round(memory.argument_size_in_bytes / GIB, 3),
+        "teraflops": round(compiled.cost_analysis()["flops"] / 1e12, 2),
+        "gibytes_moved": round(compiled.cost_analysis()["bytes accessed"] / GIB, 1),
+        "collectives": {name: n for name in COLLECTIVES if (n := len(re.findall(rf" {name}(?:-start)?\(", text)))},
+        "seconds": round(time.perf_counter() - start, 1),
+    }
+
+
+def like(state: Any, trainable: Any) -> Any:
+    """Optimizer state placed as the parameters that it belongs to."""
+    import optax
+
+    return optax.tree.map_params(
+        optax.adamw(1e-4),
+        lambda leaf, parameter: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=parameter.sharding),
+        state,
+        trainable,
+    )
+
+
+def first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0][:200]
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    return "\n".join(str(row) for row in rows)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,182 @@
+"""Files to adapters: `load_pretrained`, `load_adapter`, `load_config`."""
+
+import dataclasses
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import jpeft
+import numpy as np
+from jpeft import PeftParams
+from jpeft._contract import method_of
+from jpeft._params import Adapter, is_peft_params
+from jpeft._paths import leaves_by_path
+from jpeft._sites import candidates
+from jpeft._targets import module_paths
+
+from ._config_json import SECOND_NAMES, read_config
+from ._family import Family, family_of
+from ._files import read_tensors
+from ._fit import Fitted, fit
+from ._hub import adapter_folder
+from ._listed import listed
+from ._pair import find_config, find_pair
+from ._resolve import with_heads
+
+
+def load_config(name_or_path: str | os.PathLike[str]) -> jpeft.PeftConfig:
+    """The config of a saved adapter.
+
+    name_or_path: a folder, or a Hub id. Raises FileNotFoundError if there is none, and ValueError for a method or
+    settings that are not implemented.
+
+    >>> import tempfile, pathlib
+    >>> with tempfile.TemporaryDirectory() as directory:
+    ...     _ = pathlib.Path(directory, "adapter_config.json").write_text('{"peft_type": "LORA", "r": 4}')
+    ...     load_config(directory).r
+    4
+    """
+    return read_config(find_config(adapter_folder(name_or_path, weights=False)))
+
+
+def load_pretrained(
+    params: Any,
+    name_or_path: str | os.PathLike[str],
+    *,
+    adapter_name: str = "default",
+    is_trainable: bool = False,
+    family: str | Family = "hf",
+    layouts: Mapping[str, str] | None = None,
+) -> PeftParams:
+    """Parameters with a saved adapter beside them, which PyTorch PEFT or `save_pretrained` wrote.
+
+    params: the base model's tree, kept by reference. name_or_path: a folder, or a Hub id. is_trainable: whether the
+    adapter trains further; without it nothing does. family: how the tree's names lead to those of the PyTorch model.
+    layouts: as for `jpeft.wrap`. The arrays keep the file's dtypes. Embeddings that the file holds in full, because
+    they were resized or are another model's, become part of the adapter.
+    Raises FileNotFoundError if a file is absent; ValueError if one is damaged, pickled, asks for what is not
+    implemented, or does not fit the parameters: all missing, unexpected and misshapen tensors in one message.
+
+    >>> import tempfile, jax.numpy as jnp, jpeft
+    >>> from jpeft_interop import save_pretrained
+    >>> params = {"query": {"kernel": jnp.ones((4, 6))}}
+    >>> with tempfile.TemporaryDirectory() as directory:
+    ...     save_pretrained(jpeft.wrap(params, jpeft.LoraConfig(r=2, target_modules=["query"])), directory)
+    ...     wrapped = load_pretrained(params, directory)
+    >>> wrapped.adapters["default"].weights["query"]["lora_A"].shape
+    (2, 4)
+    """
+    if is_peft_params(params):
+        raise TypeError("params has adapters already; expected the base tree, or load_adapter to add another adapter")
+    wrapped = PeftParams(base=params, adapters={}, active=())
+    return _load(wrapped, name_or_path, adapter_name, is_trainable, family_of(family), layouts or {})
+
+
+def load_adapter(
+    wrapped: PeftParams,
+    name_or_path: str | os.PathLike[str],
+    adapter_name: str,
+    *,
+    is_trainable: bool = False,
+    family: str | Family = "hf",
+    layouts: Mapping[str, str] | None = None,
+) -> PeftParams:
+    """The same parameters with one more saved adapter, which waits for `jpeft.set_adapter`.
+
+    Arguments and errors are those of `load_pretrained`; further, it raises TypeError if `wrapped` does not come from
+    `jpeft.wrap`, and ValueError if the name is taken.
+
+    >>> import tempfile, jax.numpy as jnp, jpeft
+    >>> from jpeft_interop import save_pretrained
+    >>> params = {"query": {"kernel": jnp.ones((4, 6))}}
+    >>> wrapped = jpeft.wrap(params, jpeft.LoraConfig(r=2, target_modules=["query"]))
+    >>> with tempfile.TemporaryDirectory() as directory:
+    ...     save_pretrained(wrapped, directory)
+    ...     list(load_adapter(wrapped, directory, "other").adapters)
+    ['default', 'other']
+    """
+    if not is_peft_params(wrapped):
+        raise TypeError(f"expected the PeftParams that jpeft.wrap returns, not a {type(wrapped).__name__}")
+    return _load(wrapped, name_or_path, adapter_name, is_trainable, family_of(family), layouts or {})
+
+
+def _load(
+    wrapped: PeftParams,
+    name_or_path: str | os.PathLike[str],
+    adapter_name: str,
+    is_trainable: bool,
+    family: Family,
+    layouts: Mapping[str, str],
+) -> PeftParams:
+    if adapter_name in wrapped.adapters:
+        raise ValueError(
+            f"there already is an adapter {adapter_name!r}; expected a name other than: {', '.join(wrapped.adapters)}"
+        )
+    files = find_pair(adapter_folder(name_or_path))
+    leaves, layouts = leaves_by_path(wrapped.base), {**family.layouts, **layouts}
+    paths = module_paths(leaves, candidates(leaves, layouts))
+    config = with_heads(read_config(files.config), paths)
+    _refuse_training(files.config, config, is_trainable)
+    config = dataclasses.replace(config, inference_mode=not is_trainable)
+    tensors = read_tensors(files.weights)
+    _refuse_wide(files.weights, tensors)
+    abstract = dataclasses.replace(wrapped, base=jax.tree.map(_abstract, wrapped.base))
+    try:
+        planned = jpeft.wrap(abstract, config, adapter_name=adapter_name, layouts=layouts)
+    except ValueError as error:
+        raise ValueError(f"{files.config} does not fit the parameters: {error}") from error
+    fitted = fit(files.weights, tensors, planned.adapters[adapter_name], leaves, family, layouts)
+    adapter = _filled(planned.adapters[adapter_name], fitted, tensors)
+    return dataclasses.replace(planned, base=wrapped.base, adapters={**wrapped.adapters, adapter_name: adapter})
+
+
+def _abstract(leaf: Any) -> Any:
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) if hasattr(leaf, "shape") and hasattr(leaf, "dtype") else leaf
+
+
+def _refuse_training(path: Path, config: jpeft.PeftConfig, is_trainable: bool) -> None:
+    how = config.extra.get("init_lora_weights")
+    if is_trainable and isinstance(how, str) and how.lower() == "mica":
+        raise ValueError(
+            f"{path}: init_lora_weights is {how!r}, which trains lora_A alone; that is not implemented here. Expected "
+            "is_trainable=False, or an adapter of another initialisation"
+        )
+
+
+def _refuse_wide(path: Path, tensors: Mapping[str, np.ndarray]) -> None:
+    narrowed = [
+        f"{key} {tensor.dtype}"
+        for key, tensor in tensors.items()
+        if jax.dtypes.canonicalize_dtype(tensor.dtype) != tensor.dtype
+    ]
+    if narrowed:
+        raise ValueError(
+            f"{path}: JAX would narrow {listed(narrowed)}; expected float32 or narrower, or JAX with jax_enable_x64"
+        )
+
+
+def _filled(planned: Adapter, fitted: Fitted, tensors: Mapping[str, np.ndarray]) -> Adapter:
+    """The adapter that was planned, with the file's arrays in the places of its abstract ones."""
+    weights: dict[str, dict[str, Any]] = {path: {} for path in planned.weights}
+    shared: dict[str, Any] = {}
+    replaced: dict[str, Any] = {}
+    for key, slot in fitted.slots.items():
+        array = slot.turned(tensors[key])
+        if slot.group == "weights":
+            weights[slot.path][slot.name] = array
+        elif slot.group == "shared":
+            shared[slot.name] = array
+        else:
+            replaced[slot.path] = array
+    method, config = method_of(planned.config), planned.config
+    if fitted.second_names:
+        config = dataclasses.replace(config, extra={**config.extra, SECOND_NAMES: fitted.second_names})
+    scaling = {
+        path: jnp.full(site.stack, method.scaling(site, config), jnp.float32) for path, site in planned.sites.items()
+    }
+    return dataclasses.replace(
+        planned, weights=weights, shared=shared, replaced=replaced, scaling=scaling, config=config
+    )

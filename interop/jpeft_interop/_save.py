@@ -1,0 +1,152 @@
+"""Adapters to files: `save_pretrained`."""
+
+import dataclasses
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jpeft import PeftParams
+from jpeft._params import Adapter, is_peft_params
+from jpeft._paths import leaves_by_path
+from jpeft._sites import candidates
+from jpeft._targets import module_paths, saved_leaves
+
+from ._card import model_card
+from ._config_json import SECOND_NAMES, config_dict, to_json
+from ._family import Family, family_of
+from ._keys import leaf_slots, slots
+from ._listed import listed
+from ._orientation import to_torch
+from ._pair import CONFIG_NAME, PICKLE_NAME, WEIGHTS_NAME, write_if_absent, write_pair
+from ._resolve import with_heads, with_named_targets
+from ._surplus import original_biases, second_names, written_embeddings
+
+CARD_NAME = "README.md"
+
+
+@dataclass(frozen=True)
+class Contents:
+    """What the two files of one adapter will hold."""
+
+    config: str
+    tensors: Mapping[str, np.ndarray]
+
+
+def save_pretrained(
+    wrapped: PeftParams,
+    directory: str | os.PathLike[str],
+    *,
+    base_model_name_or_path: str | None = None,
+    family: str | Family = "hf",
+    selected_adapters: Sequence[str] | None = None,
+    layouts: Mapping[str, str] | None = None,
+) -> None:
+    """Write adapters as PyTorch PEFT does: `adapter_config.json` and `adapter_model.safetensors`.
+
+    wrapped: from `jpeft.wrap` or `load_pretrained`. directory: made if absent; the adapter "default" goes into it, any
+    other into its subfolder of that name. base_model_name_or_path: put into the config; the config's own by default.
+    family: how the tree's names lead to those of the PyTorch model. selected_adapters: names; all by default.
+    layouts: as for `jpeft.wrap`, of kernels that are saved in full and whose layout does not show.
+    A README.md is added if there is none. Two files change as one: a save that is interrupted at any point leaves the
+    old adapter or the new one, and other files in the folder are left alone. One process may save at a time.
+    Raises TypeError if `wrapped` does not come from `wrap`; ValueError for unknown or unsafe adapter names, stacks of
+    modules, abstract arrays, kernels of unknown layout; OSError if a file cannot be written.
+
+    >>> import tempfile, jax.numpy as jnp, jpeft
+    >>> wrapped = jpeft.wrap({"query": {"kernel": jnp.ones((4, 6))}}, jpeft.LoraConfig(target_modules=["query"]))
+    >>> with tempfile.TemporaryDirectory() as directory:
+    ...     save_pretrained(wrapped, directory)
+    ...     sorted(os.listdir(directory))
+    ['README.md', 'adapter_config.json', 'adapter_model.safetensors']
+    """
+    if not is_peft_params(wrapped):
+        raise TypeError(f"expected the PeftParams that jpeft.wrap returns, not a {type(wrapped).__name__}")
+    root, table = Path(directory).expanduser(), family_of(family)
+    if root.exists() and not root.is_dir():
+        raise ValueError(f"directory is {str(root)!r}, which is a file; expected a folder, or a path for a new one")
+    names = _checked_names(wrapped, selected_adapters)
+    # Everything that can be wrong with the adapters is found out before the first file changes.
+    plans = {name: _contents(wrapped, name, base_model_name_or_path, table, layouts or {}) for name in names}
+    for name, contents in plans.items():
+        write_pair(root if name == "default" else root / name, contents.config, contents.tensors)
+    write_if_absent(root / CARD_NAME, model_card(wrapped.adapters[names[0]].config, base_model_name_or_path))
+
+
+def _checked_names(wrapped: PeftParams, selected: Sequence[str] | None) -> list[str]:
+    names = list(wrapped.adapters) if selected is None else [selected] if isinstance(selected, str) else list(selected)
+    unknown = [name for name in names if name not in wrapped.adapters]
+    if unknown or not names:
+        raise ValueError(
+            f"selected_adapters is {selected!r}; expected at least one name, all of them among: "
+            f"{', '.join(map(repr, wrapped.adapters))}"
+        )
+    for name in names:
+        if not _is_folder_name(name):
+            raise ValueError(
+                f"the adapter name {name!r} cannot be the name of a folder of its own; expected one without slashes, "
+                "colons, control characters and outer blanks, that is not the name of a file here"
+            )
+    return list(dict.fromkeys(names))
+
+
+def _is_folder_name(name: str) -> bool:
+    files = (CONFIG_NAME, WEIGHTS_NAME, PICKLE_NAME, CARD_NAME)
+    safe = all(letter.isprintable() and letter not in '/\\:*?"<>|' for letter in name)
+    return safe and name.strip(" .") == name and name != "" and name.lower() not in map(str.lower, files)
+
+
+def _contents(
+    wrapped: PeftParams, name: str, base_model: str | None, family: Family, layouts: Mapping[str, str]
+) -> Contents:
+    leaves, layouts = leaves_by_path(wrapped.base), {**family.layouts, **layouts}
+    adapter = _with_head(wrapped.adapters[name], leaves, layouts)
+    _refuse_abstract(name, adapter)
+    table = slots(adapter, leaves, family, layouts)
+    arrays = {key: slot.take(adapter) for key, slot in table.items()}
+    for key, slot in leaf_slots(written_embeddings(adapter), adapter, leaves, family, layouts).items():
+        arrays[key] = to_torch(leaves[slot.path], slot.layout)
+    for key, path in original_biases(adapter, family).items():
+        arrays[key] = leaves[path]
+    copies = {**second_names(table, family), **adapter.config.extra.get(SECOND_NAMES, {})}
+    arrays.update({second: arrays[first] for second, first in copies.items() if first in arrays})
+    config = _written_config(adapter, leaves, family, layouts)
+    if base_model is not None:
+        config["base_model_name_or_path"] = str(base_model)
+    return Contents(to_json(config), {key: np.asarray(array) for key, array in arrays.items()})
+
+
+def _with_head(adapter: Adapter, leaves: Mapping[str, Any], layouts: Mapping[str, str]) -> Adapter:
+    found = candidates(leaves, layouts)
+    config = with_heads(adapter.config, module_paths(leaves, found))
+    if config is adapter.config:
+        return adapter
+    head = saved_leaves(leaves, found, config)
+    adapted = [path for path, site in adapter.sites.items() if site.leaf in head]
+    if adapted:
+        raise ValueError(
+            f"task_type is {adapter.config.task_type.value!r}, for which PEFT trains the head in full, but the adapter "
+            f"acts on {listed(adapted)}; expected other target_modules, or task_type=None"
+        )
+    replaced = {**{path: leaves[path] for path in head}, **adapter.replaced}
+    return dataclasses.replace(adapter, config=config, replaced=replaced)
+
+
+def _refuse_abstract(name: str, adapter: Adapter) -> None:
+    leaves = jax.tree.leaves((adapter.weights, adapter.shared, adapter.replaced))
+    abstract = [leaf for leaf in leaves if isinstance(leaf, (jax.ShapeDtypeStruct, jax.core.Tracer))]
+    if abstract:
+        raise ValueError(
+            f"adapter {name!r} has {len(abstract)} abstract arrays and no values to save; expected one that was "
+            "wrapped around real arrays, outside jit"
+        )
+
+
+def _written_config(
+    adapter: Adapter, leaves: Mapping[str, Any], family: Family, layouts: Mapping[str, str]
+) -> dict[str, Any]:
+    paths = [family.module(path) for path in module_paths(leaves, candidates(leaves, layouts))]
+    return config_dict(with_named_targets(adapter.config, [family.module(path) for path in adapter.sites], paths))

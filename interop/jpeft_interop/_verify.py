@@ -1,0 +1,127 @@
+"""Whether an adapter's folder holds what its config says, and whether PyTorch PEFT agrees: `verify`."""
+
+import os
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jpeft
+import numpy as np
+from jpeft._patterns import matches, value_for
+from jpeft._targets import saved_modules
+
+from ._config_json import read_config
+from ._files import read_tensors
+from ._keys import PREFIX
+from ._listed import listed
+from ._pair import find_pair, is_unfinished
+from ._surplus import EMBEDDINGS
+
+_LORA = re.compile(
+    re.escape(PREFIX) + r"(?P<module>.+)\.lora_(?P<embedding>embedding_)?(?P<side>[AB])(?P<weight>\.weight)?"
+)
+_FULL = re.compile(re.escape(PREFIX) + r"(?P<path>.+?)(\.(base_layer|original_module|modules_to_save))?\.[^.]+")
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a verified folder holds. torch: whether PyTorch PEFT loaded it, too."""
+
+    directory: Path
+    peft_type: str
+    modules: int
+    tensors: int
+    parameters: int
+    dtypes: tuple[str, ...]
+    torch: bool
+
+
+def verify(directory: str | os.PathLike[str], torch_model: Any = None) -> Report:
+    """Check the folder of an adapter, and say what is in it.
+
+    Without a model: the config is understood, the weights can be read, every key is one that the config accounts
+    for, the two sides of each module are there and of the rank that the config gives it, and the adapter is not zero.
+    torch_model: the PyTorch base model, which is copied; then PyTorch PEFT loads the adapter into it, and every
+    tensor has to arrive, none may be missing or unexpected, and the adapter must change the model.
+    Raises FileNotFoundError for absent files, and ValueError with all that is wrong.
+
+    >>> import tempfile, jax, jax.numpy as jnp, jpeft
+    >>> from jpeft_interop import save_pretrained
+    >>> config = jpeft.LoraConfig(r=2, target_modules=["query"], init_lora_weights=False)
+    >>> wrapped = jpeft.wrap({"query": {"kernel": jnp.ones((4, 6))}}, config)
+    >>> with tempfile.TemporaryDirectory() as directory:
+    ...     save_pretrained(wrapped, directory)
+    ...     verify(directory).parameters
+    20
+    """
+    folder = Path(directory).expanduser()
+    files = find_pair(folder)
+    config, tensors = read_config(files.config), read_tensors(files.weights)
+    problems = list(_problems(config, tensors))
+    if is_unfinished(folder):
+        problems.append("a save was interrupted, so that PyTorch PEFT may not see the new adapter; save it again")
+    elif torch_model is not None and not problems:
+        from ._torch import problems_in_torch
+
+        problems += problems_in_torch(folder, tensors, torch_model)
+    if problems:
+        raise ValueError(f"{folder} is not an adapter that can be relied on: {'; '.join(problems)}")
+    return Report(
+        directory=folder,
+        peft_type=getattr(config.peft_type, "value", str(config.peft_type)),
+        modules=len(_sides(tensors)),
+        tensors=len(tensors),
+        parameters=sum(tensor.size for tensor in tensors.values()),
+        dtypes=tuple(sorted({str(tensor.dtype) for tensor in tensors.values()})),
+        torch=torch_model is not None,
+    )
+
+
+def _problems(config: jpeft.PeftConfig, tensors: Mapping[str, np.ndarray]) -> Iterator[str]:
+    assert isinstance(config, jpeft.LoraConfig)
+    sides, misshapen = _sides(tensors), []
+    if not sides:
+        yield f"it has no tensor {PREFIX}<module>.lora_A.weight"
+    if lone := [module for module, arrays in sides.items() if arrays.keys() != {"A", "B"}]:
+        yield f"modules with one of lora_A and lora_B alone: {listed(lone)}"
+    for module, arrays in sides.items():
+        rank = value_for(module, config.rank_pattern, config.r)
+        shapes = {side: array.shape for side, array in arrays.items()}
+        fits = {"A": lambda shape, rank=rank: shape[:1] == (rank,), "B": lambda shape, rank=rank: shape[1:2] == (rank,)}
+        misshapen += [f"{module}.lora_{side} {s} (rank {rank})" for side, s in shapes.items() if not fits[side](s)]
+    if misshapen:
+        yield f"tensors of another rank than the config gives them: {listed(misshapen)}"
+    if strange := [module for module in sides if not _is_target(module, config)]:
+        yield f"modules that target_modules={config.target_modules!r} does not mean: {listed(strange)}"
+    if unexplained := [key for key in tensors if not _LORA.fullmatch(key) and not _is_explained(key, config)]:
+        yield f"keys that the config does not account for: {listed(unexplained)}"
+    if sides and not any(np.any(array) for arrays in sides.values() for side, array in arrays.items() if side == "B"):
+        yield "lora_B is zero in every module, so the adapter changes nothing"
+    elif sides and not any(np.any(array) for arrays in sides.values() for side, array in arrays.items() if side == "A"):
+        yield "lora_A is zero in every module, so the adapter changes nothing"
+
+
+def _sides(tensors: Mapping[str, np.ndarray]) -> dict[str, dict[str, np.ndarray]]:
+    """{module: {"A": array, "B": array}} of the tensors that are LoRA's by their keys."""
+    sides: dict[str, dict[str, np.ndarray]] = {}
+    for key, array in tensors.items():
+        found = _LORA.fullmatch(key)
+        if found and bool(found["embedding"]) != bool(found["weight"]):
+            sides.setdefault(found["module"], {})[found["side"]] = array
+    return sides
+
+
+def _is_target(module: str, config: jpeft.LoraConfig) -> bool:
+    return matches(module, config.target_modules or ()) and not matches(module, config.exclude_modules or ())
+
+
+def _is_explained(key: str, config: jpeft.LoraConfig) -> bool:
+    found = _FULL.fullmatch(key)
+    if found is None:
+        return False
+    names = found["path"].split(".")
+    holders = [".".join(names[:count]) for count in range(1, len(names) + 1)]
+    bias = key.endswith(".bias") and (config.bias == "all" or (config.bias == "lora_only" and ".base_layer." in key))
+    return bias or bool(saved_modules(holders, config)) or names[-1] in EMBEDDINGS or "embed" in names[-1]
