@@ -26,7 +26,7 @@ class PeftType(str, enum.Enum):
 class FrozenMapping(Mapping[str, Any]):
     """An ordered, hashable mapping, so that a config with patterns can be static under `jit`."""
 
-    def __init__(self, entries: Mapping[str, Any] = {}):  # noqa: B006 (never mutated)
+    def __init__(self, entries: Mapping[str, Any] = {}):
         self._items = tuple((key, freeze(value)) for key, value in entries.items())
         self._entries = dict(self._items)
 

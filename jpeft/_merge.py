@@ -1,6 +1,6 @@
 """Adapters merged into the parameters: a tree like the base that needs no adapters any more."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -71,16 +71,30 @@ def _merged(p: Arrays, weight: Any, bias: Any, site: Site, method: Method) -> tu
             w, b = one({name: cast_floating(array, wide) for name, array in p.items()}, w, b)
         w = restored(w, site.layout, site.shape).astype(dtype)
         if bias is None or b is None:
-            return w, None
-        return w, restored(b, bias_layout(site), bias_sizes(site)).reshape(bias.shape).astype(bias.dtype)
+            return w, bias
+        b = restored(b, bias_layout(site), bias_sizes(site)).reshape(bias.shape)
+        return w, b.astype(jax.dtypes.canonicalize_dtype(bias.dtype))
 
     abstract = any(isinstance(array, jax.ShapeDtypeStruct) for array in (*p.values(), weight))
-    return jax.eval_shape(compute, p, weight, bias) if abstract else compute(p, weight, bias)
+    if abstract:
+        return jax.eval_shape(compute, p, weight, bias)
+    return _sharded_like((weight, bias), compute)(p, weight, bias)
+
+
+def _sharded_like(leaves: tuple[Any, Any], compute: Callable[..., tuple[Any, Any]]) -> Callable[..., tuple[Any, Any]]:
+    # Under explicit sharding most reshapes of sharded axes are refused; what comes out is sharded as what goes in.
+    shardings = jax.tree.map(lambda leaf: jax.typeof(leaf).sharding, leaves)
+    if not jax.typeof(leaves[0]).sharding.mesh.explicit_axes:
+        return compute
+    sharded: Any = jax.sharding.auto_axes(compute, out_sharding=shardings)
+    return sharded
 
 
 def _like(leaf: Any, merged: Any) -> Any:
     if isinstance(leaf, jax.ShapeDtypeStruct):
         return leaf  # for its sharding
+    if isinstance(leaf, jax.Array) and not isinstance(leaf, Tracer) and len(leaf.sharding.device_set) > 1:
+        return jax.device_put(merged, leaf.sharding)
     if isinstance(leaf, np.ndarray) and not isinstance(merged, (Tracer, jax.ShapeDtypeStruct)):
         return np.asarray(merged, leaf.dtype)
     return merged

@@ -7,6 +7,8 @@ import jax
 
 WEIGHT_NAMES = ("kernel", "weight", "w", "embedding", "embeddings")
 BIAS_NAMES = ("bias", "b")
+# After one of these a `value` is the content of a variable, as checkpoints of NNX states spell it out.
+LEAF_NAMES = (*WEIGHT_NAMES, *BIAS_NAMES, "scale")
 
 
 def leaf_path(key_path: tuple[Any, ...]) -> str:
@@ -18,7 +20,7 @@ def leaf_path(key_path: tuple[Any, ...]) -> str:
     ['dense.kernel']
     """
     names = [name for key in key_path for name in _key_name(key).split("/") if name not in ("~", "")]
-    if names and names[-1] == "value" and len(names) > 1:
+    if len(names) > 1 and names[-1] == "value" and (hasattr(key_path[-1], "name") or names[-2] in LEAF_NAMES):
         names = names[:-1]
     if len(names) > 1 and names[0] == "params":
         names = names[1:]

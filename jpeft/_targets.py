@@ -9,7 +9,7 @@ from typing import Any
 from ._config import TaskType, TunerConfig
 from ._contract import LINEAR, Method, Site
 from ._paths import BIAS_NAMES, WEIGHT_NAMES, last_name, parent
-from ._patterns import key_matches, matches
+from ._patterns import checked_regex, key_matches, matches
 from ._sites import Candidate
 
 ALL_LINEAR = "all-linear"
@@ -58,8 +58,8 @@ def select_sites(
     """
     if not config.target_modules:
         raise ValueError(
-            f"target_modules is {config.target_modules!r}; name the modules to adapt, for example target_modules={_examples(found)}, "
-            f"or use {ALL_LINEAR!r}"
+            f"target_modules is {config.target_modules!r}; name the modules to adapt, for example "
+            f"target_modules={_examples(found)}, or use {ALL_LINEAR!r}"
         )
     paths = module_paths(leaves, found)
     saved = saved_modules(paths, config)
@@ -147,7 +147,9 @@ def _is_in_layers(path: str, config: TunerConfig) -> bool:
         found = re.match(r".*?\.[^.]*\.(\d+)\.", path)
     else:
         names = [patterns] if isinstance(patterns, str) else patterns
-        found = next(filter(None, (re.match(rf"(?:^|.*?\.){name}\.(\d+)\.", path) for name in names)), None)
+        found = next(
+            filter(None, (re.match(rf"(?:^|.*?\.){checked_regex(name)}\.(\d+)\.", path) for name in names)), None
+        )
     layers = (wanted,) if isinstance(wanted, int) else wanted
     return found is not None and int(found[1]) in layers
 
@@ -193,7 +195,7 @@ def _check_supported(
 def _described(path: str, leaves: Mapping[str, Any], found: Mapping[str, Candidate]) -> str:
     if path in found:
         return f"{path!r}, a module of kind {found[path].kind} and weight shape {found[path].shape}"
-    own = [f"{last_name(leaf)} {tuple(leaves[leaf].shape)}" for leaf in leaves if parent(leaf) == path]
+    own = [f"{last_name(leaf)} {tuple(getattr(leaves[leaf], 'shape', ()))}" for leaf in leaves if parent(leaf) == path]
     if own:
         return f"{path!r}, a module of kind other with the leaves {', '.join(own)}"
     children = sorted({leaf[len(path) + 1 :].split(".")[0] for leaf in leaves if leaf.startswith(f"{path}.")})

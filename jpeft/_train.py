@@ -128,8 +128,10 @@ def value_and_grad(fn: Callable[..., Any], has_aux: bool = False) -> Callable[..
     >>> import jax.numpy as jnp, jpeft
     >>> wrapped = jpeft.wrap({"query": {"kernel": jnp.ones((4, 6))}}, jpeft.LoraConfig(target_modules=["query"]))
     >>> loss, gradient = value_and_grad(lambda params: jpeft.merge(params)["query"]["kernel"].sum())(wrapped)
-    >>> float(loss), gradient.base["query"]["kernel"].shape, gradient.adapters["default"].weights["query"]["lora_B"].shape
-    (24.0, (), (6, 8))
+    >>> float(loss), gradient.base["query"]["kernel"].shape
+    (24.0, ())
+    >>> gradient.adapters["default"].weights["query"]["lora_B"].shape
+    (6, 8)
     """
 
     @functools.wraps(fn)

@@ -95,6 +95,7 @@ def test_value_for_takes_the_first_key_that_matches_the_end(path, pattern, expec
         lambda: matches("a", "["),
         lambda: key_matches("a", "["),
         lambda: candidates({"a.kernel": leaf(2, 2)}, {"[": "io"}),
+        lambda: select(target_modules=["query"], layers_to_transform=[0], layers_pattern="["),
     ],
 )
 def test_a_broken_pattern_is_named(call):

@@ -10,7 +10,7 @@ import optax
 import pytest
 
 import jpeft
-from jpeft import LoraConfig
+from jpeft import LoraConfig, _contract
 from jpeft._contract import method_of, register
 
 KEY = jax.random.key(3)
@@ -89,8 +89,6 @@ def frozen_method():
     class FrozenConfig(LoraConfig):
         pass
 
-    from jpeft import _contract
-
     frozen = frozenset({"lora_A", "bank"})
     register(dataclasses.replace(method_of(LoraConfig()), config=FrozenConfig, frozen=frozen))
     yield FrozenConfig
@@ -134,7 +132,7 @@ def other_config():
         (lambda t, f: (t, t), "expected combine"),
         (lambda t, f: (t, other_config()[1]), "the halves come from different parameters: .* with the same configs"),
         (lambda t, f: (t, jpeft.disable_adapters(f)), r"active \('default',\), and \['default'\], active \(\)"),
-        (lambda t, f: (dataclasses.replace(f, base=None), f), "leaf 'default.scaling.query' is in both halves"),
+        (lambda t, f: (dataclasses.replace(wrap(), base=None), f), "leaf 'default.scaling.query' is in both halves"),
         (lambda t, f: (jax.tree.map(lambda _: None, t), f), "'default.weights.query.lora_A' is in neither half"),
     ],
 )

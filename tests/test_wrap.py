@@ -6,10 +6,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 
 import jpeft
-from jpeft import LoraConfig, PeftConfig
-from jpeft._contract import Method, method_of
+from jpeft import LoraConfig, PeftConfig, _contract
+from jpeft._contract import Method, method_of, register
 from jpeft._paths import fold_in_name
 from jpeft._wrap import _initial
 
@@ -223,7 +224,7 @@ def test_merge_adds_the_adapters_change_in_float32(dtype):
     np.testing.assert_allclose(
         np.asarray(merged["query"]["kernel"], np.float32), expected.astype(np.float32), rtol=rtol, atol=1e-6
     )
-    assert jax.tree.map(jnp.dtype, merged) == jax.tree.map(jnp.dtype, params)
+    assert abstract(merged) == abstract(params)
     assert equal({k: v for k, v in merged.items() if k != "query"}, {k: v for k, v in params.items() if k != "query"})
     assert merged["value"]["kernel"] is params["value"]["kernel"]
 
@@ -310,9 +311,7 @@ def scaling_method():
         merge=scaled,
         forward=lambda p, x, base, site, context: base(x) * p["g"],
     )
-    from jpeft import _contract
-
-    _contract.register(method)
+    register(method)
     yield ScaledConfig
     del _contract._METHODS[ScaledConfig]
 
@@ -351,6 +350,79 @@ def test_a_float64_base_is_merged_in_float64():
         wrapped = randomized(jpeft.wrap(params, config(), rng=KEY))
         expected = np.asarray(params["query"]["kernel"]) + delta(wrapped)
         np.testing.assert_allclose(jpeft.merge(wrapped)["query"]["kernel"], expected, rtol=1e-14, atol=1e-14)
+
+
+def mesh_of(axis_type):
+    if jax.device_count() < 8:
+        pytest.skip("needs 8 devices: XLA_FLAGS=--xla_force_host_platform_device_count=8")
+    return jax.make_mesh((4, 2), ("a", "b"), axis_types=(axis_type,) * 2)
+
+
+# Under jit with automatic axes the sharding of the result is the compiler's choice, or the caller's.
+@pytest.mark.parametrize(
+    ("axis_type", "merge"),
+    [
+        (AxisType.Auto, jpeft.merge),
+        (AxisType.Explicit, jpeft.merge),
+        (AxisType.Explicit, jax.jit(jpeft.merge)),
+    ],
+    ids=["auto", "explicit", "explicit jit"],
+)
+@pytest.mark.parametrize(
+    ("layout", "shape", "spec"),
+    [
+        ("io", (8, 6), P("a", "b")),
+        ("bio", (4, 8, 6), P("a", None, "b")),
+        ("iboo", (8, 4, 2, 2), P(None, "a", None, "b")),
+        ("iio", (2, 8, 6), P(None, "a", "b")),
+    ],
+)
+def test_sharded_leaves_keep_their_sharding(axis_type, merge, layout, shape, spec):
+    mesh = mesh_of(axis_type)
+    with jax.set_mesh(mesh):
+        sharding = NamedSharding(mesh, spec)
+        params = {"q": {"kernel": jax.device_put(kernel(1, *shape), sharding)}}
+        head = {"kernel": jax.device_put(kernel(2, 8, 2), NamedSharding(mesh, P("a", "b")))}
+        chosen = config("q", modules_to_save=["head"], init_lora_weights=False)
+        wrapped = jpeft.wrap({**params, "head": head}, chosen, rng=KEY, layouts={"q": layout})
+        merged = merge(wrapped)["q"]["kernel"]
+        assert merged.sharding.is_equivalent_to(sharding, merged.ndim)
+        copy = wrapped.adapters["default"].replaced["head.kernel"]
+        assert copy.sharding.is_equivalent_to(head["kernel"].sharding, 2)
+    plain = jpeft.wrap(
+        jax.tree.map(np.asarray, params), config("q", init_lora_weights=False), rng=KEY, layouts={"q": layout}
+    )
+    np.testing.assert_allclose(merged, jpeft.merge(plain)["q"]["kernel"], rtol=1e-5, atol=1e-5)
+
+
+def test_abstract_leaves_keep_their_sharding():
+    sharding = NamedSharding(mesh_of(AxisType.Auto), P("a", "b"))
+    leaf = jax.ShapeDtypeStruct((8, 6), jnp.bfloat16, sharding=sharding)
+    params = {"query": {"kernel": leaf}, "head": {"kernel": leaf}}
+    wrapped = jpeft.wrap(params, config(modules_to_save=["head"]))
+    assert wrapped.adapters["default"].replaced["head.kernel"].sharding == sharding
+    assert jpeft.merge(wrapped) == params
+
+
+def test_trees_of_flax_nnx_go_through():
+    nnx = pytest.importorskip("flax.nnx")
+    layer = nnx.MultiHeadAttention(2, 4, decode=False, rngs=nnx.Rngs(0))
+    state = nnx.state(layer, nnx.Param)
+    layouts = {"(query|key|value)": "ioo", "out": "iio"}
+    wrapped = randomized(jpeft.wrap(state, config("query", "out"), layouts=layouts))
+    assert wrapped.adapters["default"].sites["query"].leaf == "query.kernel"
+    merged = jpeft.merge(wrapped)
+    assert jax.tree.structure(merged) == jax.tree.structure(state)
+    added = (merged["query"]["kernel"][...] - state["query"]["kernel"][...]).reshape(4, 4)
+    np.testing.assert_allclose(added, delta(wrapped), rtol=1e-4, atol=1e-5)
+
+
+def test_a_method_may_leave_the_bias_to_itself(scaling_method):
+    leave = dataclasses.replace(method_of(scaling_method()), merge=lambda p, w, b, site: (2 * w, None))
+    register(leave)
+    params = {"q": {"kernel": kernel(1, 4, 6), "bias": kernel(2, 6)}}
+    merged = jpeft.merge(jpeft.wrap(params, scaling_method(target_modules=["q"])))
+    assert equal(merged["q"]["bias"], params["q"]["bias"])
 
 
 @pytest.mark.parametrize("bad", [jnp.nan, jnp.inf])
@@ -425,7 +497,7 @@ INT8_HEAD = {**tree(), "head": {"kernel": jnp.ones((6, 2), jnp.int8)}}
         (
             lambda: jpeft.set_adapter(TWO_HEADS, ["default", "other"]),
             ValueError,
-            "'default' and 'other' both replace 'head.kernel' in full",
+            "'default' and 'other' both replace 'head.bias' in full",
         ),
     ],
 )

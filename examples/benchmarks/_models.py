@@ -20,7 +20,11 @@ PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "
 
 @dataclasses.dataclass(frozen=True)
 class Shape:
-    """Sizes of a decoder. scan: layers are one stack that `lax.scan` goes through, rematerialised; else a list."""
+    """Sizes of a decoder.
+
+    scan: layers are one stack that `lax.scan` goes through, rematerialised; else a list. query_block: attention takes
+    so many queries at a time and keeps no scores for the backward pass, as flash attention does; 0: all at once.
+    """
 
     hidden: int
     intermediate: int
@@ -28,6 +32,7 @@ class Shape:
     layers: int
     vocabulary: int
     scan: bool = False
+    query_block: int = 0
 
     @property
     def kernels(self) -> dict[str, tuple[int, int]]:
@@ -98,11 +103,25 @@ def _layer(x: jax.Array, weights: dict[str, Any], shape: Shape, project: Project
     q, k, v = project(h, *(weights[name] for name in PROJECTIONS[:3]))
     heads = (*x.shape[:2], shape.heads, -1)
     q, k = _rotated(q.reshape(heads)), _rotated(k.reshape(heads))
-    attended = jax.nn.dot_product_attention(q, k, v.reshape(heads), is_causal=True)
+    attended = _attention(q, k, v.reshape(heads), shape.query_block)
     x = x + project(attended.reshape(x.shape), weights["o_proj"])[0]
     h = _norm(x, weights["output_norm"])
     gate, up = project(h, weights["gate_proj"], weights["up_proj"])
     return x + project(jax.nn.silu(gate) * up, weights["down_proj"])[0]
+
+
+def _attention(q: jax.Array, k: jax.Array, v: jax.Array, block: int) -> jax.Array:
+    if not block:
+        return jax.nn.dot_product_attention(q, k, v, is_causal=True)
+    starts = jnp.arange(0, q.shape[1], block)
+
+    @jax.checkpoint
+    def attend(start: jax.Array) -> jax.Array:
+        own = lax.dynamic_slice_in_dim(q, start, block, 1)
+        seen = jnp.arange(q.shape[1])[None] <= start + jnp.arange(block)[:, None]
+        return jax.nn.dot_product_attention(own, k, v, mask=seen[None, None])
+
+    return jnp.moveaxis(lax.map(attend, starts), 0, 1).reshape(q.shape)
 
 
 def _norm(x: jax.Array, scale: jax.Array) -> jax.Array:
@@ -128,10 +147,68 @@ def shifted(x: jax.Array, *weights: dict[str, jax.Array]) -> tuple[jax.Array, ..
     return tuple(y + weight["shift"] if "shift" in weight else y for y, weight in products)
 
 
-def autodiff(x: jax.Array, *weights: dict[str, jax.Array]) -> tuple[jax.Array, ...]:
-    """The formula as one writes it."""
+LowRank = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]  # (x, A (r, in), B (out, r)) -> (x Aᵀ) Bᵀ
+
+
+def beside(low_rank: LowRank) -> Project:
+    """Each base product, and a low-rank one beside it."""
+
+    def one(x: jax.Array, weight: dict[str, jax.Array]) -> jax.Array:
+        change = low_rank(x, *(weight[name].astype(x.dtype) for name in ("lora_A", "lora_B")))
+        return x @ weight["kernel"] + change
+
+    return lambda x, *weights: tuple(one(x, weight) for weight in weights)
+
+
+def as_written(x: jax.Array, a: jax.Array, b: jax.Array) -> jax.Array:
+    return (x @ a.T) @ b.T
+
+
+def as_dots(x: jax.Array, a: jax.Array, b: jax.Array) -> jax.Array:
+    """All axes kept, the first factor contracted as it lies."""
+    h = lax.dot_general(x, a, (((x.ndim - 1,), (1,)), ((), ())))
+    return h @ b.T
+
+
+def in_two_axes(x: jax.Array, a: jax.Array, b: jax.Array) -> jax.Array:
+    return as_dots(x.reshape(-1, x.shape[-1]), a, b).reshape(*x.shape[:-1], b.shape[0])
+
+
+def small_first(x: jax.Array, a: jax.Array, b: jax.Array) -> jax.Array:
+    """The thin factor as the left operand of both products: h is (r, rows)."""
+    h = lax.dot_general(a, x.reshape(-1, x.shape[-1]), (((1,), (1,)), ((), ())))
+    return lax.dot_general(h, b, (((0,), (1,)), ((), ()))).reshape(*x.shape[:-1], b.shape[0])
+
+
+@jax.custom_vjp
+def hand_written(x: jax.Array, a: jax.Array, b: jax.Array) -> jax.Array:
+    return in_two_axes(x, a, b)
+
+
+def _hand_written_forward(x: jax.Array, a: jax.Array, b: jax.Array) -> Any:
+    rows = x.reshape(-1, x.shape[-1])
+    h = rows @ a.T
+    return (h @ b.T).reshape(*x.shape[:-1], b.shape[0]), (rows, a, b, h)
+
+
+def _hand_written_backward(kept: Any, dy: jax.Array) -> Any:
+    rows, a, b, h = kept
+    dy_rows = dy.reshape(-1, dy.shape[-1])
+    dh = dy_rows @ b
+    return (dh @ a).reshape(*dy.shape[:-1], a.shape[1]), dh.T @ rows, (h.T @ dy_rows).T
+
+
+hand_written.defvjp(_hand_written_forward, _hand_written_backward)
+
+
+def shared_first_factor(x: jax.Array, *weights: dict[str, jax.Array]) -> tuple[jax.Array, ...]:
+    """The first factors of the weights that x meets, as one product."""
+    rows = x.reshape(-1, x.shape[-1])
+    h = lax.dot_general(rows, jnp.concatenate([w["lora_A"] for w in weights]).astype(x.dtype), (((1,), (1,)), ((), ())))
+    parts = jnp.split(h, len(weights), axis=1)
+    changes = [part @ w["lora_B"].astype(x.dtype).T for part, w in zip(parts, weights, strict=True)]
     return tuple(
-        x @ w["kernel"] + (x @ w["lora_A"].astype(x.dtype).T) @ w["lora_B"].astype(x.dtype).T for w in weights
+        y + change.reshape(y.shape) for y, change in zip(plain(x, *weights), changes, strict=True)
     )
 
 

@@ -30,12 +30,15 @@ from _models import (
     PROJECTIONS,
     Shape,
     Variant,
-    autodiff,
+    as_written,
+    beside,
     by_hand,
     by_jpeft,
     decoder_loss,
     frozen_floor,
     full_fine_tuning,
+    hand_written,
+    in_two_axes,
     is_shape,
     materialised,
     parameter_shapes,
@@ -56,7 +59,7 @@ COLLECTIVES = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "coll
 def main() -> None:
     args = arguments()
     mesh = Mesh(topologies.get_topology_desc("v5e:4x4", platform="tpu").devices, ("fsdp",))
-    shape = Shape(4096, 11008, 32, args.layers, 32000, scan=True)
+    shape = Shape(4096, 11008, 32, args.layers, 32000, scan=True, query_block=args.query_block)
     tokens = abstract(mesh, (args.batch * mesh.size, args.length), jnp.int32, P("fsdp"))
     rows = []
     made = variants(mesh, shape, args.rank)
@@ -73,6 +76,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--layers", type=int, default=32)
     parser.add_argument("--batch", type=int, default=4, help="sequences a chip")
     parser.add_argument("--length", type=int, default=2048, help="tokens a sequence")
+    parser.add_argument("--query-block", type=int, default=512, help="queries that attention takes at a time; 0: all")
     parser.add_argument("--only", nargs="*", help="names of variants")
     parser.add_argument("--dump", help="write each compiled program to this path, with the variant's name added")
     return parser.parse_args()
@@ -120,7 +124,9 @@ def variants(mesh: Mesh, shape: Shape, rank: int) -> dict[str, Variant]:
         "floor": frozen_floor(base, loss, shape, zeros),
         "jpeft-tpu": as_on("tpu", lifted),
         "jpeft-cpu": as_on("cpu", lifted),
-        "autodiff": by_hand(wrapped, loss, autodiff),
+        "autodiff": by_hand(wrapped, loss, beside(as_written)),
+        "in two axes": by_hand(wrapped, loss, beside(in_two_axes)),
+        "hand-written": by_hand(wrapped, loss, beside(hand_written)),
         "materialised": by_hand(wrapped, loss, materialised),
         "full": full_fine_tuning(base, loss),
     }

@@ -25,7 +25,7 @@ def read_config(path: Path) -> jpeft.PeftConfig:
     """
     raw = _parsed(path)
     peft_type = raw.get("peft_type")
-    if peft_type not in FORMATS:
+    if not isinstance(peft_type, str) or peft_type not in FORMATS:
         raise ValueError(f"{path}: peft_type is {peft_type!r}; the methods implemented here are: {', '.join(FORMATS)}")
     form = FORMATS[peft_type]
     _refuse(path, raw, form)

@@ -49,14 +49,12 @@ FAMILIES: Mapping[str, Family] = {
 """Families by name. "hf": trees whose modules are named as in `transformers`, such as `jpeft_interop`'s own models."""
 
 
-def family_of(family: str | Family) -> Family:
-    """The family of that name, or the family itself; raises ValueError for a name that is not known.
+def family_of(family: str) -> Family:
+    """The family of that name; raises ValueError for a name that is not known.
 
     >>> family_of("hf").leaf("kernel")
     'weight'
     """
-    if isinstance(family, Family):
-        return family
     if family not in FAMILIES:
-        raise ValueError(f"family is {family!r}; expected one of: {', '.join(FAMILIES)}, or a Family of your own")
+        raise ValueError(f"family is {family!r}; expected one of: {', '.join(FAMILIES)}")
     return FAMILIES[family]

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+
 from jpeft._params import Adapter
 
 from ._family import Family

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
+
 from jpeft._params import Adapter
 from jpeft._paths import last_name, parent
 
@@ -60,12 +61,7 @@ def slots(adapter: Adapter, leaves: Mapping[str, Any], family: Family, layouts: 
         (f"base_model.{name}", Slot("shared", "", name, tuple(array.shape))) for name, array in adapter.shared.items()
     ]
     entries += leaf_slots(adapter.replaced, adapter, leaves, family, layouts).items()
-    table = dict(entries)
-    if len(table) < len(entries):
-        keys = [key for key, _ in entries]
-        twice = [key for key in table if keys.count(key) > 1]
-        raise ValueError(f"several arrays would have the same key in the file: {listed(twice)}; rename their modules")
-    return table
+    return _table(entries)
 
 
 def leaf_slots(
@@ -78,17 +74,24 @@ def leaf_slots(
     """{key: slot} of leaves of the base tree that are written in full."""
     known = {**layouts, **{site.leaf: site.layout for site in adapter.sites.values()}}
     found = torch_layouts(leaves, paths, known)
-    return {
-        _leaf_key(family, path, adapter): Slot(
-            "replaced",
-            path,
-            "",
-            torch_shape(tuple(leaves[path].shape), leaves[path].dtype, layout),
-            layout,
-            tuple(leaves[path].shape),
-        )
-        for path, layout in found.items()
-    }
+    entries = [
+        (_leaf_key(family, path, adapter), _leaf_slot(path, leaves[path], layout)) for path, layout in found.items()
+    ]
+    return _table(entries)
+
+
+def _leaf_slot(path: str, leaf: Any, layout: str | None) -> Slot:
+    shape = tuple(leaf.shape)
+    return Slot("replaced", path, "", torch_shape(shape, leaf.dtype, layout), layout, shape)
+
+
+def _table(entries: list[tuple[str, Slot]]) -> dict[str, Slot]:
+    table = dict(entries)
+    if len(table) < len(entries):
+        keys = [key for key, _ in entries]
+        twice = [key for key in table if keys.count(key) > 1]
+        raise ValueError(f"several arrays would have the same key in the file: {listed(twice)}; rename their modules")
+    return table
 
 
 def _weight_key(family: Family, path: str, name: str) -> str:

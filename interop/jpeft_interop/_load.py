@@ -8,8 +8,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import jpeft
 import numpy as np
+
+import jpeft
 from jpeft import PeftParams
 from jpeft._contract import method_of
 from jpeft._params import Adapter, is_peft_params
@@ -48,7 +49,7 @@ def load_pretrained(
     *,
     adapter_name: str = "default",
     is_trainable: bool = False,
-    family: str | Family = "hf",
+    family: str = "hf",
     layouts: Mapping[str, str] | None = None,
 ) -> PeftParams:
     """Parameters with a saved adapter beside them, which PyTorch PEFT or `save_pretrained` wrote.
@@ -81,7 +82,7 @@ def load_adapter(
     adapter_name: str,
     *,
     is_trainable: bool = False,
-    family: str | Family = "hf",
+    family: str = "hf",
     layouts: Mapping[str, str] | None = None,
 ) -> PeftParams:
     """The same parameters with one more saved adapter, which waits for `jpeft.set_adapter`.

@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+
 from jpeft._contract import STACK, VOCABULARY
 from jpeft._paths import BIAS_NAMES, WEIGHT_NAMES, last_name, parent
 from jpeft._sites import bias_layout, candidates, canonical, restored

@@ -9,7 +9,8 @@ from typing import Any
 
 import jax
 import numpy as np
-from jpeft import PeftParams
+
+from jpeft import PeftParams, TunerConfig
 from jpeft._params import Adapter, is_peft_params
 from jpeft._paths import leaves_by_path
 from jpeft._sites import candidates
@@ -41,7 +42,7 @@ def save_pretrained(
     directory: str | os.PathLike[str],
     *,
     base_model_name_or_path: str | None = None,
-    family: str | Family = "hf",
+    family: str = "hf",
     selected_adapters: Sequence[str] | None = None,
     layouts: Mapping[str, str] | None = None,
 ) -> None:
@@ -122,14 +123,14 @@ def _contents(
 def _with_head(adapter: Adapter, leaves: Mapping[str, Any], layouts: Mapping[str, str]) -> Adapter:
     found = candidates(leaves, layouts)
     config = with_heads(adapter.config, module_paths(leaves, found))
-    if config is adapter.config:
+    if config is adapter.config or not isinstance(config, TunerConfig):
         return adapter
     head = saved_leaves(leaves, found, config)
     adapted = [path for path, site in adapter.sites.items() if site.leaf in head]
     if adapted:
         raise ValueError(
-            f"task_type is {adapter.config.task_type.value!r}, for which PEFT trains the head in full, but the adapter "
-            f"acts on {listed(adapted)}; expected other target_modules, or task_type=None"
+            f"for task_type={config_dict(config)['task_type']!r} PEFT trains the head in full, but the adapter acts on "
+            f"{listed(adapted)}; expected other target_modules, or task_type=None"
         )
     replaced = {**{path: leaves[path] for path in head}, **adapter.replaced}
     return dataclasses.replace(adapter, config=config, replaced=replaced)
@@ -137,11 +138,11 @@ def _with_head(adapter: Adapter, leaves: Mapping[str, Any], layouts: Mapping[str
 
 def _refuse_abstract(name: str, adapter: Adapter) -> None:
     leaves = jax.tree.leaves((adapter.weights, adapter.shared, adapter.replaced))
-    abstract = [leaf for leaf in leaves if isinstance(leaf, (jax.ShapeDtypeStruct, jax.core.Tracer))]
+    abstract = [leaf for leaf in leaves if isinstance(leaf, jax.ShapeDtypeStruct)]
     if abstract:
         raise ValueError(
             f"adapter {name!r} has {len(abstract)} abstract arrays and no values to save; expected one that was "
-            "wrapped around real arrays, outside jit"
+            "wrapped around real arrays"
         )
 
 

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import jpeft
 import numpy as np
+
+import jpeft
 from jpeft._patterns import matches, value_for
 from jpeft._targets import saved_modules
 
@@ -17,6 +18,7 @@ from ._files import read_tensors
 from ._keys import PREFIX
 from ._listed import listed
 from ._pair import find_pair, is_unfinished
+from ._resolve import with_heads
 from ._surplus import EMBEDDINGS
 
 _LORA = re.compile(
@@ -58,7 +60,8 @@ def verify(directory: str | os.PathLike[str], torch_model: Any = None) -> Report
     """
     folder = Path(directory).expanduser()
     files = find_pair(folder)
-    config, tensors = read_config(files.config), read_tensors(files.weights)
+    tensors = read_tensors(files.weights)
+    config = with_heads(read_config(files.config), [key.removeprefix(PREFIX).rpartition(".")[0] for key in tensors])
     problems = list(_problems(config, tensors))
     if is_unfinished(folder):
         problems.append("a save was interrupted, so that PyTorch PEFT may not see the new adapter; save it again")

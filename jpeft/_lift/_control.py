@@ -49,7 +49,7 @@ def checkpoint(context: Context, equation: Equation, inputs: list[Any], needed: 
     params, forwarded = equation.params, _forwarded(equation.params["jaxpr"])
 
     def body(*args: Any) -> list[Any]:
-        return _outputs(walk(context, params["jaxpr"], args, _own(needed, forwarded, inputs)))
+        return _outputs(context, equation, walk(context, params["jaxpr"], args, _own(needed, forwarded, inputs)))
 
     outputs = jax.checkpoint(body, prevent_cse=params["prevent_cse"], policy=params["policy"])(*inputs)
     return _with_forwarded(outputs, forwarded, inputs)
@@ -63,9 +63,9 @@ def cond(context: Context, equation: Equation, inputs: list[Any], needed: list[b
     wanted = _own(needed, agreed, operands)
 
     def body(branch: Jaxpr) -> Callable[..., list[Any]]:
-        return lambda *args: _outputs(walk(context, branch, args, wanted))
+        return lambda *args: _outputs(context, equation, walk(context, branch, args, wanted))
 
-    outputs = lax.switch(plain(index), [body(branch) for branch in branches], *operands)
+    outputs = lax.switch(index, [body(branch) for branch in branches], *operands)
     return _with_forwarded(outputs, agreed, operands)
 
 
@@ -80,7 +80,10 @@ def while_(context: Context, equation: Equation, inputs: list[Any], needed: list
     ]
     # A weight that the loop hands on unchanged stays adapted; one that it changes has to be a plain array.
     fixed = [source is not None and is_adapted(value) for source, value in zip(forwarded, carry, strict=True)]
-    start = [None if keep else plain(value) for keep, value in zip(fixed, carry, strict=True)]
+    start = [
+        None if keep else plain(context, equation, value, "the loop changes it")
+        for keep, value in zip(fixed, carry, strict=True)
+    ]
 
     def full(state: Sequence[Any]) -> list[Any]:
         return [value if keep else now for keep, value, now in zip(fixed, carry, state, strict=True)]
@@ -90,7 +93,7 @@ def while_(context: Context, equation: Equation, inputs: list[Any], needed: list
 
     def body(state: Sequence[Any]) -> list[Any]:
         outputs = walk(context, params["body_jaxpr"], [*for_body, *full(state)], [not keep for keep in fixed])
-        return _like_carry([None if keep else plain(v) for keep, v in zip(fixed, outputs, strict=True)], state)
+        return _like_carry(_outputs(context, equation, outputs), state)
 
     return full(lax.while_loop(test, body, start))
 
@@ -103,7 +106,10 @@ def scan(context: Context, equation: Equation, inputs: list[Any], needed: list[b
     fixed = [
         is_adapted(value) and forwarded[place] == n_constants + place for place, value in enumerate(carry)
     ]
-    start = [None if keep else plain(value) for keep, value in zip(fixed, carry, strict=True)]
+    start = [
+        None if keep else plain(context, equation, value, "the loop changes it")
+        for keep, value in zip(fixed, carry, strict=True)
+    ]
     sliced = [_sliced(context, value) for value in xs]
     # A stack that comes out as it went in (as NNX modules do) is the stack itself; it is not written again.
     stacks = [
@@ -115,8 +121,8 @@ def scan(context: Context, equation: Equation, inputs: list[Any], needed: list[b
     def body(state: Sequence[Any], slices: Sequence[Any]) -> tuple[list[Any], list[Any]]:
         now = [value if keep else own for keep, value, own in zip(fixed, carry, state, strict=True)]
         rows = [piece.rebuild(own) for piece, own in zip(sliced, slices, strict=True)]
-        outputs = _outputs(walk(context, jaxpr, [*closed, *now, *rows], wanted))
-        return _like_carry([None if keep else v for keep, v in zip(fixed, outputs[:n_carry], strict=True)], state), outputs[n_carry:]
+        outputs = _outputs(context, equation, walk(context, jaxpr, [*closed, *now, *rows], wanted))
+        return _like_carry(outputs[:n_carry], state), outputs[n_carry:]
 
     end, ys = lax.scan(
         body, start, [piece.arrays for piece in sliced], params["length"], params["reverse"], params["unroll"]
@@ -192,7 +198,7 @@ def shard_map(context: Context, equation: Equation, inputs: list[Any], needed: l
 
     def body(*args: Any) -> tuple[Any, ...]:
         local = [_local(value) for value in args]
-        outputs = _outputs(walk(context, params["jaxpr"], local, needed))
+        outputs = _outputs(context, equation, walk(context, params["jaxpr"], local, needed))
         return tuple(outputs)
 
     outputs = jax.shard_map(
@@ -282,8 +288,8 @@ def _with_forwarded(outputs: Sequence[Any], forwarded: Sequence[int | None], inp
     ]
 
 
-def _outputs(values: Sequence[Any]) -> list[Any]:
-    return [plain(value) for value in values]
+def _outputs(context: Context, equation: Equation, values: Sequence[Any]) -> list[Any]:
+    return [plain(context, equation, value, "its body returns it") for value in values]
 
 
 CONTROL: dict[str, Rule] = {

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ._jaxpr import Equation, custom_jvp_rule, custom_vjp_rules, is_array, is_floating, trace
+from ._jaxpr import Equation, custom_jvp_rule, custom_vjp_rules, is_floating, is_number, trace
 from ._walk import Context, Rule, plain, walk
 from ._weight import Unsupported, is_adapted, materialize
 
@@ -23,14 +23,14 @@ def custom_jvp_call(context: Context, equation: Equation, inputs: list[Any], nee
 
     @jax.custom_jvp
     def function(*args: Any) -> list[Any]:
-        return [plain(value) for value in walk(context, jaxpr, args)]
+        return _arrays(context, equation, walk(context, jaxpr, args))
 
     def jvp(primals: tuple[Any, ...], tangents: tuple[Any, ...]) -> tuple[list[Any], list[Any]]:
         dense = [_dense_tangent(p, t) for p, t in zip(primals, tangents, strict=True)]
-        zero = [not is_floating(jax.typeof(plain_base(p))) for p in primals]
+        zero = [not is_floating(jax.typeof(_base(p))) for p in primals]
         derivative, zeros_out = rule(zero)
         given = [t for t, z in zip(dense, zero, strict=True) if not z]
-        outputs = [plain(value) for value in walk(context, derivative, [*primals, *given])]
+        outputs = _arrays(context, equation, walk(context, derivative, [*primals, *given]))
         values, changes = outputs[: len(zeros_out)], iter(outputs[len(zeros_out) :])
         return values, [_zero_tangent(v) if z else next(changes) for v, z in zip(values, zeros_out, strict=True)]
 
@@ -38,7 +38,11 @@ def custom_jvp_call(context: Context, equation: Equation, inputs: list[Any], nee
     return function(*inputs)
 
 
-def plain_base(value: Any) -> Any:
+def _arrays(context: Context, equation: Equation, values: Sequence[Any]) -> list[Any]:
+    return [plain(context, equation, value, "it or its derivative returns the weight") for value in values]
+
+
+def _base(value: Any) -> Any:
     return value.base if is_adapted(value) else value
 
 
@@ -60,7 +64,7 @@ def custom_vjp_call(context: Context, equation: Equation, inputs: list[Any], nee
 
     @jax.custom_vjp
     def function(*args: Any) -> list[Any]:
-        return [plain(value) for value in walk(context, jaxpr, args)]
+        return _arrays(context, equation, walk(context, jaxpr, args))
 
     def forward(*args: Any) -> tuple[list[Any], tuple[Any, ...]]:
         rule, forwarded, _ = custom_vjp_rules(equation)
@@ -68,12 +72,12 @@ def custom_vjp_call(context: Context, equation: Equation, inputs: list[Any], nee
         computed = iter(outputs[: sum(source is None for source in forwarded)])
         values = outputs[sum(source is None for source in forwarded) :]
         residuals = [next(computed) if source is None else args[source] for source in forwarded]
-        return [plain(value) for value in values], (residuals, args)
+        return _arrays(context, equation, values), (residuals, args)
 
     def backward(saved: tuple[Any, ...], cotangents: list[Any]) -> tuple[Any, ...]:
         residuals, args = saved
         rule, absent = _traced_backward(custom_vjp_rules(equation)[2], residuals, cotangents)
-        given = iter(plain(value) for value in walk(context, rule, [*residuals, *cotangents]))
+        given = iter(_arrays(context, equation, walk(context, rule, [*residuals, *cotangents])))
         gradients = [None if missing else next(given) for missing in absent]
         return tuple(_pulled_back(arg, gradient) for arg, gradient in zip(args, gradients, strict=True))
 
@@ -89,25 +93,21 @@ def _traced_backward(
 
     def present(*args: Any) -> list[Any]:
         results = rule(*args)
-        absent[:] = [not is_array(result) for result in results]
-        return [result for result in results if is_array(result)]
+        absent[:] = [not is_number(result) for result in results]
+        return [result for result in results if is_number(result)]
 
-    avals = [jax.typeof(plain_base(value)) for value in (*residuals, *cotangents)]
-    return trace(present, *[jax.ShapeDtypeStruct(aval.shape, aval.dtype) for aval in avals]), absent
+    # The values themselves are given, for their types tell more than shapes: shardings, varying axes, weak types.
+    return trace(present, *map(_base, (*residuals, *cotangents))), absent
 
 
 def _pulled_back(arg: Any, gradient: Any) -> Any:
     """The gradient by an argument, from the gradient by its merged value."""
     if gradient is None:
-        return jax.tree.map(_zero_gradient, arg)
+        return None
     if not is_adapted(arg):
         return gradient
     _, pull = jax.vjp(materialize, arg)
     return pull(gradient)[0]
-
-
-def _zero_gradient(array: Any) -> Any:
-    return _zero_tangent(array)
 
 
 CUSTOM: dict[str, Rule] = {"custom_jvp_call": custom_jvp_call, "custom_vjp_call": custom_vjp_call}

@@ -8,12 +8,16 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
+import jax.api_util
 import jax.extend.core as jex
 import numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 Equation = Any  # jax.extend.core.JaxprEqn
 Jaxpr = Any  # jax.extend.core.Jaxpr or ClosedJaxpr: one class in newer versions
+
+# A jaxpr has to name the function that it comes from; a block of equations comes from none.
+_DEBUG_INFO = jax.api_util.debug_info("jpeft", lambda: None, (), {}, result_paths_thunk=tuple)
 
 JIT_PRIMITIVES = ("jit", "pjit", "closed_call", "core_call")
 
@@ -45,7 +49,8 @@ def run_whole(jaxpr: Jaxpr, args: Sequence[Any]) -> list[Any]:
 
 def run_block(equations: Sequence[Equation], inputs: Sequence[Any], outputs: Sequence[Any], args: Sequence[Any]) -> list:
     """Run equations unchanged, with their scopes, effects and contexts, from input to output variables."""
-    return jax.core.eval_jaxpr(jex.Jaxpr([], list(inputs), list(outputs), list(equations)), (), *args)
+    block = jex.Jaxpr([], list(inputs), list(outputs), list(equations), debug_info=_DEBUG_INFO)
+    return jax.core.eval_jaxpr(block, (), *args)
 
 
 def run_equation(equation: Equation, args: Sequence[Any]) -> list[Any]:
@@ -92,7 +97,12 @@ def custom_vjp_rules(equation: Equation) -> tuple[Jaxpr, list[int | None], Calla
     symbolic = [False] * len(equation.invars)
     jaxpr, consts = params["fwd_jaxpr_thunk"].call_wrapped(*symbolic)
     _, _, forwarded = params["out_trees"]()
-    return _close(jaxpr, consts), list(forwarded), params["bwd"].call_wrapped
+
+    def backward(*args: Any) -> Sequence[Any]:
+        results = params["bwd"].call_wrapped(*args)
+        return results[0] if isinstance(results, tuple) else results  # newer versions: (results, logs)
+
+    return _close(jaxpr, consts), list(forwarded), backward
 
 
 def _close(jaxpr: Jaxpr, consts: Sequence[Any]) -> Jaxpr:
@@ -101,6 +111,10 @@ def _close(jaxpr: Jaxpr, consts: Sequence[Any]) -> Jaxpr:
 
 def is_array(value: Any) -> bool:
     return isinstance(value, (jax.Array, np.ndarray, np.generic))
+
+
+def is_number(value: Any) -> bool:
+    return is_array(value) or isinstance(value, (bool, int, float, complex))
 
 
 def is_floating(aval: Any) -> bool:

@@ -102,7 +102,8 @@ def interpret(
 
     jaxpr = trace(traced, [flat[index] for index in dynamic])
     values = [adapt(leaf_path(named[i][0]), flat[i]) if i < len(named) else flat[i] for i in dynamic]
-    arrays = iter(plain(value) for value in walk(Context(RULES, record), jaxpr, values))
+    context = Context(RULES, record)
+    arrays = iter(plain(context, None, value, "the function returns it") for value in walk(context, jaxpr, values))
     leaves, out_structure = returned
     return jax.tree.unflatten(out_structure, [next(arrays) if is_array(leaf) else leaf for leaf in leaves])
 

@@ -370,14 +370,11 @@ def gather(context: Context, equation: Equation, inputs: list[Any], needed: list
 
 
 def _rows(table: jax.Array, ids: jax.Array, equation: Equation) -> jax.Array:
-    """The same lookup in a table (rows, features): (..., features)."""
-    params = equation.params
+    """The same lookup in a table (rows, features): (..., features); rows out of range are what the base says, plus 0."""
     numbers = lax.GatherDimensionNumbers(
         offset_dims=(ids.ndim - 1,), collapsed_slice_dims=(0,), start_index_map=(0,)
     )
-    return lax.gather(
-        table, ids, numbers, (1, table.shape[1]), mode=params["mode"], fill_value=params["fill_value"]
-    )
+    return lax.gather(table, ids, numbers, (1, table.shape[1]), mode=equation.params["mode"], fill_value=0)
 
 
 def _picked(

@@ -19,6 +19,11 @@ class Use:
     primitive: str
 
 
+def primitive_name(equation: Any | None) -> str:
+    """What uses a weight; None stands for the end of the function, which returns it."""
+    return "output" if equation is None else equation.primitive.name
+
+
 class Record:
     """Collects uses; the only mutable thing in a walk, made anew for each trace."""
 
@@ -37,7 +42,7 @@ class Record:
             for site in term.sites:
                 key = (site.path, term.adapter, id(equation))
                 # A body that is traced again, and a merged weight that is used twice, say the same thing twice.
-                self._uses[key] = Use(site.path, term.adapter, how, equation.primitive.name)
+                self._uses[key] = Use(site.path, term.adapter, how, primitive_name(equation))
 
     def dropout_index(self, term: Any, equation: Any) -> int:
         """Which use of a module this equation is: each use of a weight drops other inputs."""

@@ -20,8 +20,8 @@ from ._jaxpr import (
     run_equation,
     scope_of,
 )
-from ._record import Record
-from ._weight import AdaptedWeight, Unsupported, is_adapted, materialize
+from ._record import Record, primitive_name
+from ._weight import Unsupported, is_adapted, materialize
 
 Rule = Callable[["Context", Equation, list[Any], list[bool]], list[Any]]
 
@@ -99,17 +99,14 @@ def _apply(context: Context, equation: Equation, inputs: list[Any], wanted: list
                 return rule(context, equation, inputs, wanted)
         except Unsupported as unsupported:
             reason = str(unsupported)
-    return run_equation(equation, merged(context, equation, inputs, reason))
-
-
-def merged(context: Context, equation: Equation, inputs: Sequence[Any], reason: str) -> list[Any]:
-    """The inputs with every adapted weight merged, and a note why."""
-    how = f"merged: {equation.primitive.name} ({reason})"
-    for weight in filter(is_adapted, inputs):
-        context.record.use(weight, how, equation)
     with scope_of(equation):
-        return [plain(value) for value in inputs]
+        merged = [plain(context, equation, value, reason) for value in inputs]
+    return run_equation(equation, merged)
 
 
-def plain(value: Any) -> Any:
-    return materialize(value) if isinstance(value, AdaptedWeight) else value
+def plain(context: Context, equation: Equation | None, value: Any, reason: str) -> Any:
+    """A value as an array: an adapted weight is merged, with a note why. No equation: a result of the function."""
+    if not is_adapted(value):
+        return value
+    context.record.use(value, f"merged: {primitive_name(equation)} ({reason})", equation)
+    return materialize(value)

@@ -1,0 +1,149 @@
+"""What the tables of cases are made of, and the comparison of a lifted function with the merged weights."""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import jpeft
+from jpeft._lift import _products
+
+TOLERANCE = 1e-10
+
+# What is compiled here runs once, on arrays of a few numbers.
+QUICKLY = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+
+
+@dataclasses.dataclass(frozen=True)
+class Problem:
+    """A function of a parameter tree with everything needed to call it; layouts None means: infer them."""
+
+    function: Callable[..., Any]
+    params: Any
+    args: tuple[Any, ...]
+    layouts: Mapping[str, str] | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One row: a use of weights, and how `explain` calls it.
+
+    build: makes the problem; it runs where float64 is on. how: with a method that has factors. general: with one that
+    has none. forward_only: JAX itself cannot differentiate the function backwards. no_gradient: the function stops the
+    gradient of its weights.
+    """
+
+    name: str
+    build: Callable[[], Problem]
+    how: tuple[str, ...] = ("low-rank",)
+    general: tuple[str, ...] = ("transformed",)
+    forward_only: bool = False
+    no_gradient: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class MethodRow:
+    """One method: its config class, the options that are tested, and what sets it apart.
+
+    file: its file in jpeft/methods, or None for a toy of the tests. identity: whether a fresh adapter changes nothing.
+    """
+
+    name: str
+    file: str | None
+    config: Callable[..., Any]
+    options: Mapping[str, Any]
+    factors: bool
+    identity: bool = True
+
+    def expected(self, case: Case) -> set[str]:
+        return set(case.how if self.factors else case.general)
+
+
+def random_like(tree: Any, seed: int, scale: float = 0.3) -> Any:
+    """Random arrays in place of floating-point ones (or of their shapes), float64 where that is on."""
+    leaves, structure = jax.tree.flatten(tree, is_leaf=_is_shape)
+    return jax.tree.unflatten(structure, [_random(leaf, seed + index, scale) for index, leaf in enumerate(leaves)])
+
+
+def _is_shape(leaf: Any) -> bool:
+    return isinstance(leaf, tuple) and all(isinstance(size, int) for size in leaf)
+
+
+def _random(leaf: Any, seed: int, scale: float) -> Any:
+    shape = leaf if _is_shape(leaf) else leaf.shape
+    if not _is_shape(leaf) and not jnp.issubdtype(leaf.dtype, jnp.floating):
+        return leaf
+    return jnp.asarray(np.random.default_rng(seed).normal(size=shape) * scale, dtype=float)
+
+
+def adapted(problem: Problem, row: MethodRow, **options: Any) -> jpeft.PeftParams:
+    """The problem's parameters with every module adapted, and random weights in the adapter."""
+    layouts = problem.layouts
+    if layouts is None:
+        layouts = jpeft.infer_layouts(problem.function, problem.params, *problem.args)
+    config = row.config(**{"target_modules": ".*", **row.options, **options})
+    # Made of shapes alone and then filled: initial values are not what is tested, and they take long to compile.
+    shapes = jax.eval_shape(lambda params: params, problem.params)
+    wrapped = jpeft.wrap(shapes, config, layouts=layouts, dtype=float)
+    return dataclasses.replace(wrapped, base=problem.params, adapters=random_like(wrapped.adapters, 100))
+
+
+def on_merged(function: Callable[..., Any]) -> Callable[..., Any]:
+    """What a lifted function has to equal."""
+    return lambda wrapped, *args, **kwargs: function(jpeft.merge(wrapped), *args, **kwargs)
+
+
+def results(function: Callable[..., Any], wrapped: jpeft.PeftParams, args: tuple[Any, ...], forward_only=False) -> Any:
+    """(outputs, derivative by every trainable leaf, derivative by every floating-point argument)."""
+    trainable, frozen = jpeft.partition(wrapped)
+    floating = [index for index, arg in enumerate(args) if jnp.issubdtype(arg.dtype, jnp.floating)]
+
+    def scalar(trainable: Any, own: list[Any]) -> tuple[Any, Any]:
+        given = list(args)
+        for index, arg in zip(floating, own, strict=True):
+            given[index] = arg
+        outputs = function(jpeft.combine(trainable, frozen), *given)
+        parts = [jnp.sin(leaf).sum() for leaf in jax.tree.leaves(outputs) if jnp.issubdtype(leaf.dtype, jnp.floating)]
+        return sum(parts, jnp.zeros(())), outputs
+
+    primals = (trainable, [args[index] for index in floating])
+    if forward_only:
+        tangents = random_like(primals, 900)
+        _, derivative, outputs = jax.jvp(scalar, primals, tangents, has_aux=True)
+        return outputs, derivative, []
+    (_, outputs), (by_weights, by_args) = jax.value_and_grad(scalar, argnums=(0, 1), has_aux=True)(*primals)
+    return outputs, by_weights, by_args
+
+
+def all_results(
+    monkeypatch: Any, problem: Problem, wrapped: Any, platforms: tuple[str, ...] = ("cpu",), forward_only: bool = False
+) -> list[Any]:
+    """The results of the lifted function on each platform, and those on the merged tree; in one compilation."""
+    function = problem.function
+
+    def compute(wrapped: Any, args: Any) -> list[Any]:
+        found = []
+        for platform in platforms:
+            with monkeypatch.context() as patch:
+                patch.setattr(_products, "platform", lambda platform=platform: platform)
+                found.append(results(jpeft.lift(function), wrapped, args, forward_only))
+        return [*found, results(on_merged(function), wrapped, args, forward_only)]
+
+    return jax.jit(compute, compiler_options=QUICKLY)(wrapped, problem.args)
+
+
+def assert_close(got: Any, want: Any, tolerance: float = TOLERANCE) -> None:
+    """Equal structures, dtypes and shapes, and equal values up to rounding."""
+    assert jax.tree.structure(got) == jax.tree.structure(want)
+    for ours, theirs in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        assert (ours.dtype, ours.shape) == (theirs.dtype, theirs.shape)
+        if not jnp.issubdtype(ours.dtype, jax.dtypes.extended):
+            np.testing.assert_allclose(ours, theirs, rtol=tolerance, atol=tolerance)
+
+
+def smallest_gradient(by_weights: Any) -> float:
+    """The largest entry of the leaf whose gradient is smallest: zero if a leaf has none."""
+    return min(float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(by_weights))
