@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 
-class TaskType(str, enum.Enum):
+class TaskType(enum.StrEnum):
     """What the adapted model is for, spelled as PEFT spells it."""
 
     SEQ_CLS = "SEQ_CLS"
@@ -17,7 +17,7 @@ class TaskType(str, enum.Enum):
     FEATURE_EXTRACTION = "FEATURE_EXTRACTION"
 
 
-class PeftType(str, enum.Enum):
+class PeftType(enum.StrEnum):
     """The methods that this package implements, under PEFT's names."""
 
     LORA = "LORA"

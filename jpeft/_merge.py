@@ -19,7 +19,8 @@ def merge(wrapped: PeftParams, *, adapter_names: str | Sequence[str] | None = No
     """A tree like the base, of the same structure, shapes and dtypes, with adapters merged into its leaves.
 
     adapter_names: those to merge (default: the active ones). The arithmetic is in float32 or wider. safe: raise
-    ValueError if a merged leaf is not finite (not under `jit`, where values are not known).
+    ValueError if a merged leaf is not finite (not under `jit`, where values are not known). An adapter of a lookup
+    table acts on the lookup alone; where a model uses the table as its output layer too, its merged leaf changes both.
     Raises ValueError for unknown names and for a weight that is not of a floating-point dtype.
 
     >>> import jax.numpy as jnp, jpeft
@@ -93,6 +94,8 @@ def _sharded_like(leaves: tuple[Any, Any], compute: Callable[..., tuple[Any, Any
 def _like(leaf: Any, merged: Any) -> Any:
     if isinstance(leaf, jax.ShapeDtypeStruct):
         return leaf  # for its sharding
+    if isinstance(merged, jax.Array):
+        merged = merged.astype(leaf.dtype)
     if isinstance(leaf, jax.Array) and not isinstance(leaf, Tracer) and len(leaf.sharding.device_set) > 1:
         return jax.device_put(merged, leaf.sharding)
     if isinstance(leaf, np.ndarray) and not isinstance(merged, (Tracer, jax.ShapeDtypeStruct)):

@@ -133,7 +133,13 @@ PRODUCTS = (
     case("lookup out of range, clipped", lambda p, ids: p["e"]["embedding"].at[ids].get(mode="clip"),
          {"e": {"embedding": (7, 5)}}, np.array([1, 99, 3], np.int32), **LOOKUP),
     case("lookup of one id", lambda p, id: p["e"]["embedding"][id], {"e": {"embedding": (7, 5)}}, np.int32(3),
-         **merged("output", "the function returns it")),
+         **{**LOOKUP, **cut_by("dynamic_slice")}),
+    case("lookups of one id, mapped", lambda p, ids: jax.vmap(jax.vmap(lambda id: p["e"]["embedding"][id]))(ids),
+         {"e": {"embedding": (7, 5)}}, IDS, **LOOKUP),
+    case("lookups of one id, scanned", lambda p, x, ids: lax.scan(lambda c, id: (c * p["e"]["embedding"][id], c), x, ids)[0],
+         {"e": {"embedding": (7, 5)}}, (5,), IDS[0], **{**LOOKUP, **cut_by("dynamic_slice")}),
+    kernel("experts of one id, mapped", lambda w, x, ids: jax.vmap(lambda x, id: x @ w[id])(x, ids), (3, 4, 6), X,
+           np.array([2, 0], np.int32), layout="bio"),
     case("lookup in a transposed table", lambda p, ids: p["e"]["embedding"].T[ids], {"e": {"embedding": (5, 7)}}, IDS,
          layouts={"e.embedding": "ov"}, **LOOKUP),
     case("lookup of heads", lambda p, ids: p["e"]["embedding"][ids], {"e": {"embedding": (7, 2, 3)}}, IDS,
@@ -166,8 +172,7 @@ CONVOLUTIONS = (
 
 VIEWS = (
     kernel("vmap over the function", lambda w, x: jax.vmap(lambda row: w.T @ row)(x), (4, 6), (5, 4)),
-    kernel("vmap over heads", lambda w, x: jax.vmap(lambda own: x @ own, in_axes=1)(w), (4, 2, 3), X, layout="ioo",
-           general=("merged: dot_general (batches over input or output axes)",)),
+    kernel("vmap over heads", lambda w, x: jax.vmap(lambda own: x @ own, in_axes=1)(w), (4, 2, 3), X, layout="ioo"),
     kernel("vmap over a broadcast weight", lambda w, x: jax.vmap(jnp.matmul)(x, jnp.broadcast_to(w, (2, 4, 6))),
            (4, 6), X),
     kernel("layers by index", lambda w, x: x @ w[1] @ w[-1] @ w[0], STACKED, X, layout="bio"),
@@ -298,6 +303,17 @@ def halved(x: Any, w: Any) -> Any:
 halved.defvjp(
     lambda x, w: (x @ w, (x, w)),
     lambda saved, g: (3 * g @ saved[1].T, 0.5 * jnp.einsum("...i,...o->io", saved[0], g)),
+)
+
+
+@jax.custom_vjp
+def halved_on_devices(x: Any, w: Any) -> Any:
+    return x @ w
+
+
+halved_on_devices.defvjp(
+    lambda x, w: (x @ w, (x, w)),
+    lambda saved, g: (3 * g @ saved[1].T, 0.5 * lax.psum(jnp.einsum("...i,...o->io", saved[0], g), "d")),
 )
 
 
@@ -443,7 +459,9 @@ SHARD_MAPS = (
     *over_devices("layers", lambda x, w: lax.psum(x @ w[0], "d"), (8, 4, 6), (3, 4), (P(), P("d"), P()), layout="bio"),
     *over_devices("scan", lambda x, w: scanned(w, x), STACKED, (8, 4), (P("d"), P(), P("d")), layout="bio"),
     *over_devices("remat", lambda x, w: jax.checkpoint(layer)(x, w)[0], SQUARE, (8, 4), (P("d"), P(), P("d"))),
-    *over_devices("custom_vjp", halved, (4, 6), (8, 4), (P("d"), P(), P("d"))),
+    # Where varying axes are checked, a rule has to say that the gradient of a shared weight is a sum over devices.
+    over_devices("custom_vjp", halved_on_devices, (4, 6), (8, 4), (P("d"), P(), P("d")))[0],
+    over_devices("custom_vjp", halved, (4, 6), (8, 4), (P("d"), P(), P("d")))[1],
 )
 
 NORM = lambda w, x: x * jnp.linalg.norm(w)  # noqa: E731

@@ -201,6 +201,25 @@ def _hand_written_backward(kept: Any, dy: jax.Array) -> Any:
 hand_written.defvjp(_hand_written_forward, _hand_written_backward)
 
 
+@jax.custom_vjp
+def _second_product(h: jax.Array, b: jax.Array) -> jax.Array:
+    return h @ b.T
+
+
+def _second_product_backward(kept: tuple[jax.Array, jax.Array], dy: jax.Array) -> tuple[jax.Array, jax.Array]:
+    h, b = kept
+    rows = tuple(range(h.ndim - 1))
+    return dy @ b, lax.dot_general(h, dy, ((rows, rows), ((), ()))).T
+
+
+_second_product.defvjp(lambda h, b: (h @ b.T, (h, b)), _second_product_backward)
+
+
+def thin_first(x: jax.Array, a: jax.Array, b: jax.Array) -> jax.Array:
+    """All axes kept, and the gradient of B as h by dy: autodiff takes dy by h, for which XLA on CPU transposes dy."""
+    return _second_product(lax.dot_general(x, a, (((x.ndim - 1,), (1,)), ((), ()))), b)
+
+
 def shared_first_factor(x: jax.Array, *weights: dict[str, jax.Array]) -> tuple[jax.Array, ...]:
     """The first factors of the weights that x meets, as one product."""
     rows = x.reshape(-1, x.shape[-1])

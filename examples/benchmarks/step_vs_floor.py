@@ -42,6 +42,7 @@ from _models import (
     random_parameters,
     shared_first_factor,
     small_first,
+    thin_first,
     training_step,
 )
 from tqdm import tqdm
@@ -96,6 +97,7 @@ def jax_variants(args: argparse.Namespace, shape: Shape) -> dict[str, Variant]:
         "autodiff": hand(beside(as_written)),
         "two axes": hand(beside(in_two_axes)),
         "custom_vjp": hand(beside(hand_written)),
+        "thin first": hand(beside(thin_first)),
         "small first": hand(beside(small_first)),
         "shared A": hand(shared_first_factor),
         "W + BA": hand(materialised),

@@ -42,6 +42,7 @@ from _models import (
     is_shape,
     materialised,
     parameter_shapes,
+    thin_first,
     training_step,
 )
 from jax.experimental import topologies
@@ -126,6 +127,7 @@ def variants(mesh: Mesh, shape: Shape, rank: int) -> dict[str, Variant]:
         "jpeft-cpu": as_on("cpu", lifted),
         "autodiff": by_hand(wrapped, loss, beside(as_written)),
         "in two axes": by_hand(wrapped, loss, beside(in_two_axes)),
+        "thin-first": by_hand(wrapped, loss, beside(thin_first)),
         "hand-written": by_hand(wrapped, loss, beside(hand_written)),
         "materialised": by_hand(wrapped, loss, materialised),
         "full": full_fine_tuning(base, loss),

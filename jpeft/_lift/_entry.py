@@ -5,11 +5,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from .._config import FrozenMapping
-from .._contract import OUTPUT, STACK, WINDOW, Method, Site, method_of
+from .._config import FrozenMapping, TunerConfig
+from .._contract import OUTPUT, STACK, VOCABULARY, WINDOW, Method, Site, method_of
 from .._params import Adapter, PeftParams, Rng
-from .._paths import fold_in_name, leaves_by_path
-from ._weight import RANK, Axis, Term, of_role, weight_axes
+from .._paths import fold_in_name, last_name, leaves_by_path, parent
+from .._targets import saved_modules
+from ._weight import FULL_COPY, RANK, Axis, Term, of_role, weight_axes
 
 
 def adapted_modules(wrapped: PeftParams) -> list[tuple[str, str]]:
@@ -26,7 +27,22 @@ def terms_by_leaf(wrapped: PeftParams) -> dict[str, tuple[Term, ...]]:
         method = method_of(adapter.config)
         for path, site in adapter.sites.items():
             terms[site.leaf] = (*terms.get(site.leaf, ()), _term(name, adapter, method, path, site, rng))
+        for path, full in adapter.replaced.items():
+            if _is_saved_table(path, full, adapter):
+                terms[path] = (_full_copy(name, adapter, path, full),)
     return terms
+
+
+def _is_saved_table(path: str, leaf: Any, adapter: Adapter) -> bool:
+    """Whether a leaf is a lookup table that trains in full (and not one that was resized: that is the base's)."""
+    if jnp.ndim(leaf) != 2 or "embed" not in last_name(path) or not isinstance(adapter.config, TunerConfig):
+        return False
+    return bool(saved_modules([parent(path)], adapter.config))
+
+
+def _full_copy(name: str, adapter: Adapter, path: str, full: jax.Array) -> Term:
+    site = Site(parent(path), path, None, VOCABULARY + OUTPUT, jnp.shape(full), str(full.dtype))
+    return Term({"full": full}, FrozenMapping({"full": (None, None)}), FULL_COPY, adapter.config, name, (site,))
 
 
 def _term(name: str, adapter: Adapter, method: Method, path: str, site: Site, rng: Rng | None) -> Term:
@@ -86,10 +102,14 @@ def _as_stored(
 
 
 def replaced_leaves(wrapped: PeftParams) -> dict[str, Any]:
-    """The leaves that the active adapters put in place of the base's: full copies, and biases that methods change."""
+    """The leaves that the active adapters put in place of the base's: full copies, and biases that methods change.
+
+    Full copies of lookup tables are not among them but among the terms, as they may act on one use of a leaf only.
+    """
     replaced: dict[str, Any] = {}
     for name in wrapped.active:
-        replaced.update(wrapped.adapters[name].replaced)
+        adapter = wrapped.adapters[name]
+        replaced.update({k: v for k, v in adapter.replaced.items() if not _is_saved_table(k, v, adapter)})
     changed = [
         (adapter, method, path, site)
         for adapter in (wrapped.adapters[name] for name in wrapped.active)

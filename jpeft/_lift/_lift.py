@@ -70,7 +70,7 @@ def run(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, A
 
     others = [leaf for index, leaf in enumerate(leaves) if index != places[0]]
     params = jax.tree_util.tree_map_with_path(
-        lambda key_path, leaf: leaves_instead.get(leaf_path(key_path), leaf), wrapped.base
+        lambda key_path, leaf: _instead(leaves_instead, leaf_path(key_path), leaf), wrapped.base
     )
     outputs = interpret(call, params, others, adapt, record)
     _warn_of_unused(wrapped, record)
@@ -106,6 +106,11 @@ def interpret(
     arrays = iter(plain(context, None, value, "the function returns it") for value in walk(context, jaxpr, values))
     leaves, out_structure = returned
     return jax.tree.unflatten(out_structure, [next(arrays) if is_array(leaf) else leaf for leaf in leaves])
+
+
+def _instead(replaced: dict[str, Any], path: str, leaf: Any) -> Any:
+    # In the leaf's own dtype, for the function may mix it with others of that dtype.
+    return replaced[path].astype(leaf.dtype) if path in replaced else leaf
 
 
 def _warn_of_unused(wrapped: PeftParams, record: Record) -> None:

@@ -330,24 +330,15 @@ def gather(context: Context, equation: Equation, inputs: list[Any], needed: list
     weight, ids = inputs
     if not is_adapted(weight) or is_adapted(ids):
         raise Unsupported("the weight is not the operand")
-    params = equation.params
-    numbers, slice_sizes = params["dimension_numbers"], params["slice_sizes"]
-    indexed = numbers.start_index_map
-    whole = all(
-        size == full or (index in indexed and size == 1)
-        for index, (size, full) in enumerate(zip(slice_sizes, weight.base.shape, strict=True))
-    )
-    if len(indexed) != 1 or numbers.collapsed_slice_dims != indexed or numbers.operand_batching_dims or not whole:
-        raise Unsupported("gather that is not a lookup of rows")
-    row = weight.single(indexed[0], "gather of axes that were reshaped together")
-    context.record.role(weight, row, VOCABULARY)
+    position, ids = _looked_up(equation, weight, ids)
+    row = weight.single(position, "gather of axes that were reshaped together")
     for axis in weight.flat_axes:
         context.record.role(weight, axis, VOCABULARY if axis == row else OUTPUT)
-    base = run_equation(equation, [weight.base, ids])[0]
+    base = run_equation(equation, [weight.base, inputs[1]])[0]
     if not weight.terms:
         return [base]
     if row.role == STACK:
-        return [_picked(weight, row, indexed[0], base, ids, equation)]
+        return [_picked(weight, row, position, base, ids, equation)]
     outputs = [axis for axis in weight.flat_axes if axis != row]
     if row.role != INPUT or any(axis.role != OUTPUT for axis in outputs):
         raise Unsupported("gather along " + _ROLE_NAMES.get(row.role, row.role) + " axes")
@@ -361,16 +352,41 @@ def gather(context: Context, equation: Equation, inputs: list[Any], needed: list
         out, labels = lab.contract(
             h, names, term.arrays["b"].astype(h.dtype), term.labels["b"], [RANK], out_dtype=base.dtype
         )
-        offsets = iter(weight.axes[i] for i in range(len(weight.axes)) if i != indexed[0])
-        batch = iter(names[:-1])
-        groups = [next(offsets) if i in numbers.offset_dims else (next(batch),) for i in range(base.ndim)]
+        groups = _gathered(equation, weight, position, base.ndim, names[:-1])
         known = {**sizes(weight.flat_axes), **lab.sizes_of(h, names)}
         base = _add(base, lab.arrange(out, labels, groups, known))
     return [base]
 
 
+def _looked_up(equation: Equation, weight: AdaptedWeight, ids: jax.Array) -> tuple[int, jax.Array]:
+    """The axis that a gather takes single rows of, and the rows (..., 1); raises Unsupported if it does more."""
+    numbers, slice_sizes = equation.params["dimension_numbers"], equation.params["slice_sizes"]
+    collapsed, shape = numbers.collapsed_slice_dims, weight.base.shape
+    cut = [axis for axis, size in enumerate(shape) if slice_sizes[axis] != size or axis in collapsed]
+    if len(cut) != 1 or slice_sizes[cut[0]] != 1 or numbers.operand_batching_dims:
+        raise Unsupported("gather that is not a lookup of rows")
+    # An index into an axis that is taken whole can only be 0, except that filling looks at it.
+    if len(numbers.start_index_map) > 1 and equation.params["mode"] == lax.GatherScatterMode.FILL_OR_DROP:
+        raise Unsupported("gather that fills by several indices")
+    column = numbers.start_index_map.index(cut[0])
+    return cut[0], lax.slice_in_dim(ids, column, column + 1, axis=ids.ndim - 1)
+
+
+def _gathered(
+    equation: Equation, weight: AdaptedWeight, position: int, ndim: int, batch: Sequence[lab.Label]
+) -> list[lab.Group]:
+    """The axes of a lookup's result: the rows' own, and those of the ids."""
+    numbers, names = equation.params["dimension_numbers"], iter(batch)
+    kept = iter(
+        () if axis == position else group
+        for axis, group in enumerate(weight.axes)
+        if axis not in numbers.collapsed_slice_dims
+    )
+    return [next(kept) if axis in numbers.offset_dims else (next(names),) for axis in range(ndim)]
+
+
 def _rows(table: jax.Array, ids: jax.Array, equation: Equation) -> jax.Array:
-    """The same lookup in a table (rows, features): (..., features); rows out of range are what the base says, plus 0."""
+    """The same lookup in a table (rows, features): (..., features); where the base has filled, nothing is added."""
     numbers = lax.GatherDimensionNumbers(
         offset_dims=(ids.ndim - 1,), collapsed_slice_dims=(0,), start_index_map=(0,)
     )
@@ -389,10 +405,7 @@ def _picked(
         rows = _rows(moved.reshape(moved.shape[0], -1), ids, equation).reshape(*batch, *moved.shape[1:])
         return jnp.moveaxis(rows, range(len(batch)), range(at, at + len(batch)))
 
-    numbers = equation.params["dimension_numbers"]
-    offsets = iter(weight.axes[i] for i in range(len(weight.axes)) if i != position)
-    picked = iter(new)
-    axes = [next(offsets) if i in numbers.offset_dims else (next(picked),) for i in range(base.ndim)]
+    axes = _gathered(equation, weight, position, base.ndim, new)
     return weight.with_base(base, axes).map_terms(lambda term: term.map_axis(row, pick, *new))
 
 

@@ -6,7 +6,7 @@ from typing import Any
 from .._contract import INPUT, STACK, VOCABULARY
 from ._weight import UNKNOWN, AdaptedWeight, Axis
 
-LOW_RANK, LOOKUP, TRANSFORMED, UNUSED = "low-rank", "lookup", "transformed", "unused"
+LOW_RANK, LOOKUP, TRANSFORMED, REPLACED, UNUSED = "low-rank", "lookup", "transformed", "replaced", "unused"
 
 
 @dataclasses.dataclass(frozen=True)

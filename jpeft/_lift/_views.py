@@ -7,8 +7,9 @@ import jax.numpy as jnp
 from jax import lax
 
 from .._config import FrozenMapping
-from .._contract import STACK
+from .._contract import EMBEDDING, INPUT, STACK
 from ._jaxpr import Equation, make_varying, run_equation
+from ._record import LOOKUP
 from ._walk import Context, Rule
 from ._weight import (
     REPEATED,
@@ -18,6 +19,7 @@ from ._weight import (
     Unsupported,
     drop,
     is_adapted,
+    materialize,
     narrow,
     split_axis,
 )
@@ -172,6 +174,7 @@ def _cut(start: int, limit: int, stride: int) -> Any:
 
 
 def dynamic_slice(context: Context, equation: Equation, inputs: list[Any], needed: list[bool]) -> list[Any]:
+    """A layer or expert at a traced index; of a lookup table it is the lookup of one row."""
     weight = _weight_of(inputs)
     base = _run(equation, weight, inputs)
     for position, (start, size) in enumerate(zip(inputs[1:], equation.params["slice_sizes"], strict=True)):
@@ -179,7 +182,16 @@ def dynamic_slice(context: Context, equation: Equation, inputs: list[Any], neede
             continue
         axis = weight.single(position, "slice of axes that were reshaped together")
         weight = narrow(weight, axis, size, _dynamic_cut(start, size))
-    return [weight.with_base(base)]
+    weight = weight.with_base(base)
+    if _is_row(weight):
+        context.record.use(weight, LOOKUP, equation)
+        return [materialize(weight)]
+    return [weight]
+
+
+def _is_row(weight: AdaptedWeight) -> bool:
+    tables = weight.terms and all(term.site.kind == EMBEDDING for term in weight.terms)
+    return bool(tables) and all(axis.size == 1 for axis in weight.flat_axes if axis.role == INPUT)
 
 
 def _dynamic_cut(start: Any, size: int) -> Any:

@@ -20,8 +20,8 @@ from ._jaxpr import (
     run_equation,
     scope_of,
 )
-from ._record import Record, primitive_name
-from ._weight import Unsupported, is_adapted, materialize
+from ._record import REPLACED, Record, primitive_name
+from ._weight import FULL_COPY, Unsupported, is_adapted, materialize
 
 Rule = Callable[["Context", Equation, list[Any], list[bool]], list[Any]]
 
@@ -108,5 +108,7 @@ def plain(context: Context, equation: Equation | None, value: Any, reason: str) 
     """A value as an array: an adapted weight is merged, with a note why. No equation: a result of the function."""
     if not is_adapted(value):
         return value
-    context.record.use(value, f"merged: {primitive_name(equation)} ({reason})", equation)
+    copied = value.terms and all(term.method is FULL_COPY for term in value.terms)
+    how = REPLACED if copied else f"merged: {primitive_name(equation)} ({reason})"
+    context.record.use(value, how, equation)
     return materialize(value)

@@ -11,11 +11,21 @@ from typing import Any
 import jax
 from jax import lax
 
-from .._config import FrozenMapping
-from .._contract import INPUT, OUTPUT, STACK, WINDOW, Method, Site, wide_dtype
+from .._config import FrozenMapping, PeftConfig
+from .._contract import EMBEDDING, INPUT, OUTPUT, STACK, WINDOW, Method, Site, wide_dtype
 from . import _labels as lab
 
 REPEATED, UNKNOWN = "n", "?"
+
+# A lookup table that is trained in full. Like every adapter of a table it acts on the lookup, not on a tied output
+# product: PEFT's modules_to_save leaves that with the original weight.
+FULL_COPY = Method(
+    config=PeftConfig,
+    init=lambda key, site, config, weight: {"full": weight()},
+    merge=lambda p, w, b, site: (p["full"].astype(w.dtype), b),
+    forward=lambda p, x, base, site, context: base.apply(x, p["full"]),
+    kinds=frozenset({EMBEDDING}),
+)
 
 
 class Unsupported(Exception):

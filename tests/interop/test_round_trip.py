@@ -312,10 +312,18 @@ def test_all_linear_means_the_same_modules(root, tmp_path):
     assert load_file(tmp_path / "theirs" / WEIGHTS).keys() == load_file(tmp_path / "ours" / WEIGHTS).keys()
 
 
-def test_an_embedding_that_is_tied(root, tmp_path):
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"target_modules": ["embed_tokens", "q_proj"]},
+        {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"]},
+    ],
+    ids=["adapted", "saved in full"],
+)
+def test_an_embedding_that_is_tied(settings, root, tmp_path):
     """The adapter acts on the lookup alone, as in PEFT; no merged tree can say that."""
     pair = twins("llama-tied", root)
-    model = from_torch(pair, {"target_modules": ["embed_tokens", "q_proj"]}, tmp_path)
+    model = from_torch(pair, settings, tmp_path)
     wrapped = load_pretrained(pair.params, tmp_path)
     expected = pair.torch_output(model)
     lifted = np.asarray(jax.jit(jpeft.lift(pair.apply))(wrapped, *pair.inputs))
