@@ -57,9 +57,9 @@ register(
 )
 
 METHODS = (
-    MethodRow("lora", "lora.py", jpeft.LoraConfig, {"r": 3, "lora_alpha": 7}, factors=True),
-    MethodRow("dense delta", None, DenseDeltaConfig, {}, factors=False),
-    MethodRow("gain", None, GainConfig, {}, factors=False),
+    MethodRow("lora", "lora.py", jpeft.LoraConfig, {"r": 3, "lora_alpha": 7}, factors=True, thorough=True),
+    MethodRow("dense delta", None, DenseDeltaConfig, {}),
+    MethodRow("gain", None, GainConfig, {}, thorough=True),
 )
 LORA = METHODS[0]
 
@@ -490,4 +490,27 @@ MERGED = (
     kernel("used well and badly", lambda w, x: x @ w + NORM(w, x).sum(), (4, 6), X, **merged("mul", "no rule", "low-rank")),
 )
 
-CASES = (*PRODUCTS, *CONVOLUTIONS, *VIEWS, *CONTROL, *CUSTOM, *SHARD_MAPS, *MERGED, *FRAMEWORKS)
+_ALL = (*PRODUCTS, *CONVOLUTIONS, *VIEWS, *CONTROL, *CUSTOM, *SHARD_MAPS, *MERGED, *FRAMEWORKS)
+
+# What every method has to get right: one row of each kind, each direction, each kind of control flow.
+_CORE = (
+    "with bias",
+    "w.T @ x, batched",
+    "x @ w.T, layout io",
+    "heads out",
+    "heads in",
+    "experts",
+    "lookup",
+    "convolution",
+    "columns",
+    "scan of remat, nothing",
+    "cond",
+    "custom_vjp in remat in scan",
+    "custom_jvp",
+    "shard_map, data, checked",
+    "a product with itself",
+    "linen attention",
+    "nnx scan",
+)
+CASES = tuple(dataclasses.replace(row, core=row.name in _CORE) for row in _ALL)
+ROWS = tuple((row, case) for row in METHODS for case in CASES if row.thorough or case.core)

@@ -33,7 +33,7 @@ class Case:
 
     build: makes the problem; it runs where float64 is on. how: with a method that has factors. general: with one that
     has none. forward_only: JAX itself cannot differentiate the function backwards. no_gradient: the function stops the
-    gradient of its weights.
+    gradient of its weights. core: every method runs it, not only those that run all rows.
     """
 
     name: str
@@ -42,21 +42,23 @@ class Case:
     general: tuple[str, ...] = ("transformed",)
     forward_only: bool = False
     no_gradient: bool = False
+    core: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
 class MethodRow:
     """One method: its config class, the options that are tested, and what sets it apart.
 
-    file: its file in jpeft/methods, or None for a toy of the tests. identity: whether a fresh adapter changes nothing.
+    file: its file in jpeft/methods, or None for a toy of the tests. factors: whether it is a product of thin factors.
+    thorough: whether it runs every row, on behalf of methods written in the same way.
     """
 
     name: str
     file: str | None
     config: Callable[..., Any]
     options: Mapping[str, Any]
-    factors: bool
-    identity: bool = True
+    factors: bool = False
+    thorough: bool = False
 
     def expected(self, case: Case) -> set[str]:
         return set(case.how if self.factors else case.general)

@@ -3,6 +3,7 @@
 import os
 import re
 from pathlib import Path
+from typing import Any
 
 from ._pair import CONFIG_NAME, PICKLE_NAME, WEIGHTS_NAME
 
@@ -16,18 +17,12 @@ def adapter_folder(name_or_path: str | os.PathLike[str], *, weights: bool = True
     Raises FileNotFoundError for what is neither a folder nor an id that can be had, ValueError for an adapter of the
     Hub whose weights are pickled, and ImportError if `huggingface_hub` is needed and not installed.
     """
-    folder, name = Path(name_or_path).expanduser(), os.fspath(name_or_path)
-    if folder.is_dir():
+    folder, name = existing_folder(name_or_path), os.fspath(name_or_path)
+    if folder is not None:
         return folder
-    if not _HUB_ID.fullmatch(name):
-        raise FileNotFoundError(f"there is no folder {name!r}, and it cannot be a Hub id, which looks like owner/name")
-    try:
-        import huggingface_hub as hub
-        from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
-    except ImportError as error:
-        raise ImportError(
-            f"{name!r} is no folder here; to fetch it from the Hub: pip install huggingface_hub"
-        ) from error
+    hub = hub_library(name)
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+
     wanted = CONFIG_NAME
     try:
         found = Path(hub.hf_hub_download(name, CONFIG_NAME)).parent
@@ -42,6 +37,27 @@ def adapter_folder(name_or_path: str | os.PathLike[str], *, weights: bool = True
         raise FileNotFoundError(f"{name!r} is no folder here, and the Hub gave no {wanted} for it: {error}") from error
     except (OSError, ValueError) as error:
         raise FileNotFoundError(f"{name!r} is no folder here, and the Hub gave no {wanted} for it: {error}") from error
+
+
+def existing_folder(name_or_path: str | os.PathLike[str]) -> Path | None:
+    """The folder of that path, or None for what can be a Hub id; raises FileNotFoundError for what is neither."""
+    folder, name = Path(name_or_path).expanduser(), os.fspath(name_or_path)
+    if folder.is_dir():
+        return folder
+    if not _HUB_ID.fullmatch(name):
+        raise FileNotFoundError(f"there is no folder {name!r}, and it cannot be a Hub id, which looks like owner/name")
+    return None
+
+
+def hub_library(name: str) -> Any:
+    """`huggingface_hub`, to fetch `name` with; raises ImportError if it is not installed."""
+    try:
+        import huggingface_hub
+    except ImportError as error:
+        raise ImportError(
+            f"{name!r} is no folder here; to fetch it from the Hub: pip install huggingface_hub"
+        ) from error
+    return huggingface_hub
 
 
 def _has_pickle(name: str) -> bool:

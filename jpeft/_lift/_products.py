@@ -17,7 +17,7 @@ from jax.sharding import PartitionSpec
 from .._contract import EMBEDDING, INPUT, OUTPUT, STACK, VOCABULARY, WINDOW, Base
 from . import _labels as lab
 from ._dropout import dropped
-from ._jaxpr import Equation, explicit_sharding, platform, reshard, run_equation
+from ._jaxpr import Equation, explicit_sharding, make_varying, platform, reshard, run_equation, varying_axes
 from ._record import LOOKUP, LOW_RANK, TRANSFORMED
 from ._walk import Context, Rule
 from ._weight import (
@@ -241,7 +241,9 @@ def _general(context: Context, product: Product, weight: AdaptedWeight, *, backw
     def one(x: jax.Array, w: jax.Array, arrays: list[dict[str, jax.Array]]) -> jax.Array:
         if not backwards:
             return forwards(x, w, arrays)
-        zeros = jnp.zeros((*x.shape[:-1], w.shape[0]), x.dtype)
+        # What is transposed has to vary over the devices as the product does, or JAX sums over them.
+        axes = frozenset().union(*map(varying_axes, jax.tree.leaves((x, w, arrays))))
+        zeros = make_varying(jnp.zeros((*x.shape[:-1], w.shape[0]), x.dtype), sorted(axes))
         return jax.vjp(lambda z: forwards(z, w, arrays), zeros)[1](x)[0]
 
     y = _mapped(one, weight.terms, mapped, x_mapped)(x, w)

@@ -279,7 +279,7 @@ def test_hub_failures(monkeypatch):
     fake_hub(monkeypatch, offline)
     with pytest.raises(FileNotFoundError, match="neither a folder here nor a model that the Hub gave: offline mode"):
         FlaxAutoModel.from_pretrained("someone/tiny-llama")
-    with pytest.raises(FileNotFoundError, match="there is no folder '/no/such/place', and this cannot be a Hub id"):
+    with pytest.raises(FileNotFoundError, match="there is no folder '/no/such/place', and it cannot be a Hub id"):
         FlaxAutoModel.from_pretrained("/no/such/place")
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     with pytest.raises(ImportError, match="pip install huggingface_hub"):
