@@ -78,7 +78,7 @@ def _random(leaf: Any, seed: int, scale: float) -> Any:
     shape = leaf if _is_shape(leaf) else leaf.shape
     if not _is_shape(leaf) and not jnp.issubdtype(leaf.dtype, jnp.floating):
         return leaf
-    return jnp.asarray(np.random.default_rng(seed).normal(size=shape) * scale, dtype=float)
+    return jnp.asarray(np.random.default_rng(seed).normal(size=shape) * scale, dtype=jnp.result_type(float))
 
 
 def adapted(problem: Problem, row: MethodRow, **options: Any) -> jpeft.PeftParams:
@@ -89,7 +89,7 @@ def adapted(problem: Problem, row: MethodRow, **options: Any) -> jpeft.PeftParam
     config = row.config(**{"target_modules": ".*", **row.options, **options})
     # Made of shapes alone and then filled: initial values are not what is tested, and they take long to compile.
     shapes = jax.eval_shape(lambda params: params, problem.params)
-    wrapped = jpeft.wrap(shapes, config, layouts=layouts, dtype=float)
+    wrapped = jpeft.wrap(shapes, config, layouts=layouts, dtype=jnp.result_type(float))
     return dataclasses.replace(wrapped, base=problem.params, adapters=random_like(wrapped.adapters, 100))
 
 
@@ -101,6 +101,7 @@ def on_merged(function: Callable[..., Any]) -> Callable[..., Any]:
 def results(function: Callable[..., Any], wrapped: jpeft.PeftParams, args: tuple[Any, ...], forward_only=False) -> Any:
     """(outputs, derivative by every trainable leaf, derivative by every floating-point argument)."""
     trainable, frozen = jpeft.partition(wrapped)
+    total = jnp.zeros(())
     floating = [index for index, arg in enumerate(args) if jnp.issubdtype(arg.dtype, jnp.floating)]
 
     def scalar(trainable: Any, own: list[Any]) -> tuple[Any, Any]:
@@ -108,8 +109,8 @@ def results(function: Callable[..., Any], wrapped: jpeft.PeftParams, args: tuple
         for index, arg in zip(floating, own, strict=True):
             given[index] = arg
         outputs = function(jpeft.combine(trainable, frozen), *given)
-        parts = [jnp.sin(leaf).sum() for leaf in jax.tree.leaves(outputs) if jnp.issubdtype(leaf.dtype, jnp.floating)]
-        return sum(parts, jnp.zeros(())), outputs
+        parts = [leaf for leaf in jax.tree.leaves(outputs) if jnp.issubdtype(leaf.dtype, jnp.floating)]
+        return sum((jnp.sin(part).sum().astype(total.dtype) for part in parts), total), outputs
 
     primals = (trainable, [args[index] for index in floating])
     if forward_only:

@@ -54,9 +54,11 @@ def run_block(equations: Sequence[Equation], inputs: Sequence[Any], outputs: Seq
 
 
 def run_equation(equation: Equation, args: Sequence[Any]) -> list[Any]:
-    """Run one equation on other arguments, which may differ from the traced ones in shape."""
+    """Run one equation, inside its `scope_of`, on other arguments, which may differ from the traced ones in shape."""
     values = {atom: arg for atom, arg in zip(equation.invars, args, strict=True) if not is_literal(atom)}
-    return run_block([equation], list(values), list(equation.outvars), list(values.values()))
+    source = equation.source_info
+    unnamed = equation.replace(source_info=source.replace(name_stack=source.name_stack[:0]))
+    return run_block([unnamed], list(values), list(equation.outvars), list(values.values()))
 
 
 @contextlib.contextmanager

@@ -100,8 +100,7 @@ def _apply(context: Context, equation: Equation, inputs: list[Any], wanted: list
         except Unsupported as unsupported:
             reason = str(unsupported)
     with scope_of(equation):
-        merged = [plain(context, equation, value, reason) for value in inputs]
-    return run_equation(equation, merged)
+        return run_equation(equation, [plain(context, equation, value, reason) for value in inputs])
 
 
 def plain(context: Context, equation: Equation | None, value: Any, reason: str) -> Any:
