@@ -100,7 +100,7 @@ def with_context(params: PeftParams, *, rng: jax.Array | None = None) -> PeftPar
     """
     if rng is None:
         return dataclasses.replace(params, context={})
-    typed = isinstance(rng, jax.Array) and jax.dtypes.issubdtype(rng.dtype, jax.dtypes.prng_key)
+    typed = isinstance(rng, jax.Array) and jax.numpy.issubdtype(rng.dtype, jax.dtypes.prng_key)
     legacy = isinstance(rng, jax.Array) and rng.dtype == jax.numpy.uint32 and rng.ndim >= 1
     if not (typed or legacy):
         raise TypeError(f"rng is {type(rng).__name__} {rng!r}; expected a key from jax.random.key(seed)")

@@ -110,7 +110,9 @@ PRODUCTS = (
     kernel("w.T @ x, batched", lambda w, x: w.T @ x, (4, 6), (2, 4, 5)),
     kernel("einsum, weight left", lambda w, x: jnp.einsum("io,bti->bto", w, x), (4, 6), X),
     kernel("einsum, weight right", lambda w, x: jnp.einsum("bti,io->tbo", x, w), (4, 6), X),
-    kernel("einsum over a shared batch axis", lambda w, x: jnp.einsum("bti,bio->bto", x, w), (2, 4, 6), X, layout="bio"),
+    kernel(
+        "einsum over a shared batch axis", lambda w, x: jnp.einsum("bti,bio->bto", x, w), (2, 4, 6), X, layout="bio"
+    ),
     kernel("x @ w.T, layout oi", lambda w, x: x @ w.T, (6, 4), X, layout="oi"),
     kernel("x @ w.T, layout io", lambda w, x: x @ w.T, (6, 4), X),
     kernel("heads out", lambda w, x: jnp.einsum("btd,dnh->bnth", x, w), (4, 2, 3), X, layout="ioo"),
@@ -118,32 +120,98 @@ PRODUCTS = (
     kernel("fused parts", lambda w, x: jnp.einsum("btd,skdh->sbtkh", x, w), (2, 3, 4, 5), X, layout="boio"),
     kernel("experts", lambda w, x: jnp.einsum("ebi,eio->ebo", x, w), (2, 4, 5), X, layout="bio"),
     kernel("all experts on one x", lambda w, x: jnp.einsum("bi,eio->ebo", x, w), (2, 4, 5), (3, 4), layout="bio"),
-    kernel("latent attention", lambda w, x: jnp.einsum("btnh,dnh->btnd", x, w), (4, 2, 2), (2, 5, 2, 2), layout="ioo",
-           general=("merged: dot_general (batches over input or output axes)",)),
+    kernel(
+        "latent attention",
+        lambda w, x: jnp.einsum("btnh,dnh->btnd", x, w),
+        (4, 2, 2),
+        (2, 5, 2, 2),
+        layout="ioo",
+        general=("merged: dot_general (batches over input or output axes)",),
+    ),
     kernel("precision", lambda w, x: jnp.dot(x, w, precision="highest", preferred_element_type=x.dtype), (4, 6), X),
-    kernel("grouped product", lambda w, x: lax.ragged_dot(x, w, jnp.array([2, 0, 3], np.int32)), (3, 4, 5), (5, 4),
-           layout="bio", general=(f"merged: ragged_dot_general ({WITHOUT_FACTORS})",)),
+    kernel(
+        "grouped product",
+        lambda w, x: lax.ragged_dot(x, w, jnp.array([2, 0, 3], np.int32)),
+        (3, 4, 5),
+        (5, 4),
+        layout="bio",
+        general=(f"merged: ragged_dot_general ({WITHOUT_FACTORS})",),
+    ),
     case("lookup", lambda p, ids: p["e"]["embedding"][ids], {"e": {"embedding": (7, 5)}}, IDS, **LOOKUP),
-    case("lookup by take", lambda p, ids: jnp.take(p["e"]["embedding"], ids, axis=0), {"e": {"embedding": (7, 5)}}, IDS,
-         **LOOKUP),
-    case("lookup that fills", lambda p, ids: jnp.take(p["e"]["embedding"], ids, axis=0, mode="fill", fill_value=0),
-         {"e": {"embedding": (7, 5)}}, IDS, **LOOKUP),
-    case("lookup out of range, zeros", lambda p, ids: p["e"]["embedding"].at[ids].get(mode="fill", fill_value=2),
-         {"e": {"embedding": (7, 5)}}, np.array([1, 99, 3], np.int32), **LOOKUP),
-    case("lookup out of range, clipped", lambda p, ids: p["e"]["embedding"].at[ids].get(mode="clip"),
-         {"e": {"embedding": (7, 5)}}, np.array([1, 99, 3], np.int32), **LOOKUP),
-    case("lookup of one id", lambda p, id: p["e"]["embedding"][id], {"e": {"embedding": (7, 5)}}, np.int32(3),
-         **{**LOOKUP, **cut_by("dynamic_slice")}),
-    case("lookups of one id, mapped", lambda p, ids: jax.vmap(jax.vmap(lambda id: p["e"]["embedding"][id]))(ids),
-         {"e": {"embedding": (7, 5)}}, IDS, **LOOKUP),
-    case("lookups of one id, scanned", lambda p, x, ids: lax.scan(lambda c, id: (c * p["e"]["embedding"][id], c), x, ids)[0],
-         {"e": {"embedding": (7, 5)}}, (5,), IDS[0], **{**LOOKUP, **cut_by("dynamic_slice")}),
-    kernel("experts of one id, mapped", lambda w, x, ids: jax.vmap(lambda x, id: x @ w[id])(x, ids), (3, 4, 6), X,
-           np.array([2, 0], np.int32), layout="bio"),
-    case("lookup in a transposed table", lambda p, ids: p["e"]["embedding"].T[ids], {"e": {"embedding": (5, 7)}}, IDS,
-         layouts={"e.embedding": "ov"}, **LOOKUP),
-    case("lookup of heads", lambda p, ids: p["e"]["embedding"][ids], {"e": {"embedding": (7, 2, 3)}}, IDS,
-         layouts={"e.embedding": "voo"}, **LOOKUP),
+    case(
+        "lookup by take",
+        lambda p, ids: jnp.take(p["e"]["embedding"], ids, axis=0),
+        {"e": {"embedding": (7, 5)}},
+        IDS,
+        **LOOKUP,
+    ),
+    case(
+        "lookup that fills",
+        lambda p, ids: jnp.take(p["e"]["embedding"], ids, axis=0, mode="fill", fill_value=0),
+        {"e": {"embedding": (7, 5)}},
+        IDS,
+        **LOOKUP,
+    ),
+    case(
+        "lookup out of range, zeros",
+        lambda p, ids: p["e"]["embedding"].at[ids].get(mode="fill", fill_value=2),
+        {"e": {"embedding": (7, 5)}},
+        np.array([1, 99, 3], np.int32),
+        **LOOKUP,
+    ),
+    case(
+        "lookup out of range, clipped",
+        lambda p, ids: p["e"]["embedding"].at[ids].get(mode="clip"),
+        {"e": {"embedding": (7, 5)}},
+        np.array([1, 99, 3], np.int32),
+        **LOOKUP,
+    ),
+    case(
+        "lookup of one id",
+        lambda p, id: p["e"]["embedding"][id],
+        {"e": {"embedding": (7, 5)}},
+        np.int32(3),
+        **{**LOOKUP, **cut_by("dynamic_slice")},
+    ),
+    case(
+        "lookups of one id, mapped",
+        lambda p, ids: jax.vmap(jax.vmap(lambda id: p["e"]["embedding"][id]))(ids),
+        {"e": {"embedding": (7, 5)}},
+        IDS,
+        **LOOKUP,
+    ),
+    case(
+        "lookups of one id, scanned",
+        lambda p, x, ids: lax.scan(lambda c, id: (c * p["e"]["embedding"][id], c), x, ids)[0],
+        {"e": {"embedding": (7, 5)}},
+        (5,),
+        IDS[0],
+        **{**LOOKUP, **cut_by("dynamic_slice")},
+    ),
+    kernel(
+        "experts of one id, mapped",
+        lambda w, x, ids: jax.vmap(lambda x, id: x @ w[id])(x, ids),
+        (3, 4, 6),
+        X,
+        np.array([2, 0], np.int32),
+        layout="bio",
+    ),
+    case(
+        "lookup in a transposed table",
+        lambda p, ids: p["e"]["embedding"].T[ids],
+        {"e": {"embedding": (5, 7)}},
+        IDS,
+        layouts={"e.embedding": "ov"},
+        **LOOKUP,
+    ),
+    case(
+        "lookup of heads",
+        lambda p, ids: p["e"]["embedding"][ids],
+        {"e": {"embedding": (7, 2, 3)}},
+        IDS,
+        layouts={"e.embedding": "voo"},
+        **LOOKUP,
+    ),
 )
 
 HWIO, NHWC, NCHW = "HWIO", "NHWC", "NCHW"
@@ -158,35 +226,68 @@ def conv(name: str, x: tuple[int, ...], w: tuple[int, ...], numbers: tuple[str, 
 
 CONVOLUTIONS = (
     conv("convolution", (2, 6, 6, 2), (3, 3, 2, 5), (NHWC, HWIO, NHWC)),
-    conv("convolution, strides and dilation", (2, 6, 6, 2), (3, 3, 2, 5), (NHWC, HWIO, NHWC),
-         window_strides=(2, 1), padding="SAME", rhs_dilation=(1, 2)),
+    conv(
+        "convolution, strides and dilation",
+        (2, 6, 6, 2),
+        (3, 3, 2, 5),
+        (NHWC, HWIO, NHWC),
+        window_strides=(2, 1),
+        padding="SAME",
+        rhs_dilation=(1, 2),
+    ),
     conv("convolution, uneven padding", (2, 5, 6, 2), (3, 3, 2, 5), (NHWC, HWIO, NHWC), padding=((2, 0), (1, 3))),
     conv("convolution, channels first", (2, 2, 6, 6), (3, 3, 2, 5), (NCHW, HWIO, NCHW)),
     conv("convolution, torch's kernel", (2, 2, 6, 6), (5, 2, 3, 3), (NCHW, "OIHW", NCHW), layout="oi.."),
     conv("convolution, one axis", (2, 6, 2), (3, 2, 5), ("NWC", "WIO", "NWC")),
     conv("convolution, three axes", (1, 4, 4, 4, 2), (2, 2, 2, 2, 3), ("NDHWC", "DHWIO", "NDHWC")),
-    conv("transposed convolution", (2, 4, 4, 2), (3, 3, 2, 5), (NHWC, HWIO, NHWC), lhs_dilation=(2, 2), padding=((1, 1), (1, 2))),
-    conv("grouped convolution", (2, 6, 6, 4), (3, 3, 2, 6), (NHWC, HWIO, NHWC), feature_group_count=2,
-         columns=merged("conv_general_dilated", "grouped convolution")),
+    conv(
+        "transposed convolution",
+        (2, 4, 4, 2),
+        (3, 3, 2, 5),
+        (NHWC, HWIO, NHWC),
+        lhs_dilation=(2, 2),
+        padding=((1, 1), (1, 2)),
+    ),
+    conv(
+        "grouped convolution",
+        (2, 6, 6, 4),
+        (3, 3, 2, 6),
+        (NHWC, HWIO, NHWC),
+        feature_group_count=2,
+        columns=merged("conv_general_dilated", "grouped convolution"),
+    ),
 )
 
 VIEWS = (
     kernel("vmap over the function", lambda w, x: jax.vmap(lambda row: w.T @ row)(x), (4, 6), (5, 4)),
     kernel("vmap over heads", lambda w, x: jax.vmap(lambda own: x @ own, in_axes=1)(w), (4, 2, 3), X, layout="ioo"),
-    kernel("vmap over a broadcast weight", lambda w, x: jax.vmap(jnp.matmul)(x, jnp.broadcast_to(w, (2, 4, 6))),
-           (4, 6), X),
+    kernel(
+        "vmap over a broadcast weight", lambda w, x: jax.vmap(jnp.matmul)(x, jnp.broadcast_to(w, (2, 4, 6))), (4, 6), X
+    ),
     kernel("layers by index", lambda w, x: x @ w[1] @ w[-1] @ w[0], STACKED, X, layout="bio"),
     kernel("layers by a traced index", lambda w, x, i: x @ w[i], STACKED, X, np.int32(2), layout="bio"),
     kernel("layers unpacked", lambda w, x: [x @ own for own in w], STACKED, X, layout="bio"),
     kernel("layers unstacked", lambda w, x: [x @ own for own in jnp.unstack(w)], STACKED, X, layout="bio"),
-    kernel("experts by ids", lambda w, x, ids: jnp.einsum("bti,bio->bto", x, w[ids]), STACKED, X,
-           np.array([2, 0], np.int32), layout="bio"),
+    kernel(
+        "experts by ids",
+        lambda w, x, ids: jnp.einsum("bti,bio->bto", x, w[ids]),
+        STACKED,
+        X,
+        np.array([2, 0], np.int32),
+        layout="bio",
+    ),
     kernel("split", lambda w, x: [x @ own for own in jnp.split(w, 3, axis=1)], (4, 6), X, **cut_by("split")),
     kernel("columns", lambda w, x: x @ w[:, 1:4], (4, 6), X, **cut_by("slice")),
     kernel("strided columns", lambda w, x: x @ w[:, ::2], (4, 6), X, **cut_by("slice")),
     kernel("rows", lambda w, x: x[..., :2] @ w[:2] + x[..., 2:] @ w[2:], (4, 6), X, **cut_by("slice")),
-    kernel("columns from a traced start", lambda w, x, i: x @ lax.dynamic_slice_in_dim(w, i, 2, 1), (4, 6), X,
-           np.int32(3), **cut_by("dynamic_slice")),
+    kernel(
+        "columns from a traced start",
+        lambda w, x, i: x @ lax.dynamic_slice_in_dim(w, i, 2, 1),
+        (4, 6),
+        X,
+        np.int32(3),
+        **cut_by("dynamic_slice"),
+    ),
     kernel("reshaped to heads", lambda w, x: jnp.einsum("bti,inh->btnh", x, w.reshape(4, 2, 3)), (4, 6), X),
     kernel("heads reshaped", lambda w, x: x @ w.reshape(4, 6), (4, 2, 3), X, layout="ioo"),
     kernel("flattened and back", lambda w, x: x @ w.reshape(-1).reshape(4, 6), (4, 6), X),
@@ -195,10 +296,16 @@ VIEWS = (
     kernel("barrier", lambda w, x: x @ lax.optimization_barrier((w, x))[0], (4, 6), X),
     kernel("copied", lambda w, x: x @ jnp.array(w), (4, 6), X),
     kernel("gradient stopped", lambda w, x: x @ lax.stop_gradient(w), (4, 6), X, no_gradient=True),
-    case("kernels stacked", lambda p, x: lax.scan(lambda c, w: (jnp.tanh(c @ w), None), x,
-                                                  jnp.stack([p["a"]["kernel"], p["b"]["kernel"]]))[0],
-         {"a": {"kernel": SQUARE}, "b": {"kernel": SQUARE}}, X),
+    case(
+        "kernels stacked",
+        lambda p, x: lax.scan(lambda c, w: (jnp.tanh(c @ w), None), x, jnp.stack([p["a"]["kernel"], p["b"]["kernel"]]))[
+            0
+        ],
+        {"a": {"kernel": SQUARE}, "b": {"kernel": SQUARE}},
+        X,
+    ),
 )
+
 
 def layers(name: str, function: Callable[..., Any], *args: Any, **fields: Any) -> Case:
     """A row over three stacked square layers."""
@@ -242,54 +349,153 @@ CONTROL = (
     layers("scan that returns the weights, unused", lambda w, x: returned_by_scan(w, x)[1]),
     layers("scan in scan", lambda w, x: lax.scan(lambda c, _: (scanned(w, c), None), x, length=2)[0]),
     layers("scan over two axes", lambda w, x: lax.scan(lambda c, own: (scanned(own, c), None), x, w[None])[0]),
-    layers("scan along with indices", lambda w, x: scanned(
-        (w, jnp.arange(3)), x, lambda c, own: (jnp.tanh(c @ own[0]) * (1 + own[1]).astype(c.dtype), None))),
+    layers(
+        "scan along with indices",
+        lambda w, x: scanned(
+            (w, jnp.arange(3)), x, lambda c, own: (jnp.tanh(c @ own[0]) * (1 + own[1]).astype(c.dtype), None)
+        ),
+    ),
     kernel("scan, weight closed over", lambda w, x: scanned(None, x, lambda c, _: layer(c, w), length=3), SQUARE, X),
-    kernel("scan, weight carried", lambda w, x: lax.scan(
-        lambda c, _: ((jnp.tanh(c[0] @ c[1]), c[1]), None), (x, w), length=3)[0][0], SQUARE, X),
-    kernel("scan, weight carried and used after", lambda w, x: (lambda end: end[0] @ end[1])(lax.scan(
-        lambda c, _: ((jnp.tanh(c[0] @ c[1]), c[1]), None), (x, w), length=3)[0]), SQUARE, X),
-    kernel("scan over output columns", lambda w, x: lax.scan(lambda c, own: (c, x @ own), 0.0, w.T)[1], (4, 6), X,
-           general=("merged: scan (scan over an input or output axis)",)),
-    case("scan that swaps two weights", lambda p, x: lax.scan(
-        lambda c, _: ((jnp.tanh(c[0] @ c[1]), c[2], c[1]), None), (x, p["a"]["kernel"], p["b"]["kernel"]), length=3)[0][0],
-        {"a": {"kernel": SQUARE}, "b": {"kernel": SQUARE}}, X, **merged("scan", "the loop changes it")),
-    kernel("scan that changes the weight", lambda w, x: lax.scan(
-        lambda c, _: ((jnp.tanh(c[0] @ c[1]), 2 * c[1]), None), (x, w), length=3)[0][0], SQUARE, X,
-        **merged("scan", "the loop changes it")),
+    kernel(
+        "scan, weight carried",
+        lambda w, x: lax.scan(lambda c, _: ((jnp.tanh(c[0] @ c[1]), c[1]), None), (x, w), length=3)[0][0],
+        SQUARE,
+        X,
+    ),
+    kernel(
+        "scan, weight carried and used after",
+        lambda w, x: (lambda end: end[0] @ end[1])(
+            lax.scan(lambda c, _: ((jnp.tanh(c[0] @ c[1]), c[1]), None), (x, w), length=3)[0]
+        ),
+        SQUARE,
+        X,
+    ),
+    kernel(
+        "scan over output columns",
+        lambda w, x: lax.scan(lambda c, own: (c, x @ own), 0.0, w.T)[1],
+        (4, 6),
+        X,
+        general=("merged: scan (scan over an input or output axis)",),
+    ),
+    case(
+        "scan that swaps two weights",
+        lambda p, x: lax.scan(
+            lambda c, _: ((jnp.tanh(c[0] @ c[1]), c[2], c[1]), None), (x, p["a"]["kernel"], p["b"]["kernel"]), length=3
+        )[0][0],
+        {"a": {"kernel": SQUARE}, "b": {"kernel": SQUARE}},
+        X,
+        **merged("scan", "the loop changes it"),
+    ),
+    kernel(
+        "scan that changes the weight",
+        lambda w, x: lax.scan(lambda c, _: ((jnp.tanh(c[0] @ c[1]), 2 * c[1]), None), (x, w), length=3)[0][0],
+        SQUARE,
+        X,
+        **merged("scan", "the loop changes it"),
+    ),
     layers("fori_loop of known length", lambda w, x: lax.fori_loop(0, 3, lambda i, c: jnp.tanh(c @ w[i]), x)),
-    layers("fori_loop of traced length", lambda w, x, n: lax.fori_loop(0, n, lambda i, c: jnp.tanh(c @ w[i]), x),
-           X, np.int32(2), forward_only=True),
+    layers(
+        "fori_loop of traced length",
+        lambda w, x, n: lax.fori_loop(0, n, lambda i, c: jnp.tanh(c @ w[i]), x),
+        X,
+        np.int32(2),
+        forward_only=True,
+    ),
     layers("while_loop", bounded_while, X, np.int32(3), forward_only=True),
-    kernel("while_loop, weight in the condition", lambda w, x: lax.while_loop(
-        lambda c: (c @ w).sum() < 50.0, lambda c: c + (c @ w) ** 2 + 1.0, x), SQUARE, X, forward_only=True),
-    kernel("while_loop, weight carried", lambda w, x: (lambda end: end[1] @ end[2])(lax.while_loop(
-        lambda c: c[0] < 3, lambda c: (c[0] + 1, jnp.tanh(c[1] @ c[2]), c[2]), (0, x, w))), SQUARE, X,
-        forward_only=True),
-    kernel("while_loop that changes the weight", lambda w, x: lax.while_loop(
-        lambda c: c[0] < 3, lambda c: (c[0] + 1, jnp.tanh(c[1] @ c[2]), 2 * c[2]), (0, x, w))[1], SQUARE, X,
-        forward_only=True, **merged("while", "the loop changes it")),
+    kernel(
+        "while_loop, weight in the condition",
+        lambda w, x: lax.while_loop(lambda c: (c @ w).sum() < 50.0, lambda c: c + (c @ w) ** 2 + 1.0, x),
+        SQUARE,
+        X,
+        forward_only=True,
+    ),
+    kernel(
+        "while_loop, weight carried",
+        lambda w, x: (lambda end: end[1] @ end[2])(
+            lax.while_loop(lambda c: c[0] < 3, lambda c: (c[0] + 1, jnp.tanh(c[1] @ c[2]), c[2]), (0, x, w))
+        ),
+        SQUARE,
+        X,
+        forward_only=True,
+    ),
+    kernel(
+        "while_loop that changes the weight",
+        lambda w, x: lax.while_loop(
+            lambda c: c[0] < 3, lambda c: (c[0] + 1, jnp.tanh(c[1] @ c[2]), 2 * c[2]), (0, x, w)
+        )[1],
+        SQUARE,
+        X,
+        forward_only=True,
+        **merged("while", "the loop changes it"),
+    ),
     kernel("cond", lambda w, x: lax.cond(x.sum() > 0, lambda: x @ w, lambda: 2 * x @ w), (4, 6), X),
-    kernel("cond, one branch without it", lambda w, x: lax.cond(x.sum() < 99, jnp.matmul, lambda x, w: x[..., :1] * jnp.ones(6), x, w),
-           (4, 6), X),
-    kernel("cond, a branch of a constant", lambda w, x: lax.cond(x.sum() < 99, lambda: (x @ w).sum(), lambda: 0.0), (4, 6), X),
-    kernel("cond that returns the weight", lambda w, x: x @ lax.cond(x.sum() > 0, lambda: (w, 1), lambda: (w, 2))[0], (4, 6), X),
-    layers("cond in scan", lambda w, x: scanned(
-        (w, jnp.array([True, False, True])), x, lambda c, own: (lax.cond(own[1], lambda: jnp.tanh(c @ own[0]), lambda: c), None))),
-    layers("switch", lambda w, x, i: lax.switch(i, [lambda: x @ w[0], lambda: x @ w[1] @ w[2], lambda: -x]),
-           X, np.int32(1)),
+    kernel(
+        "cond, one branch without it",
+        lambda w, x: lax.cond(x.sum() < 99, jnp.matmul, lambda x, w: x[..., :1] * jnp.ones(6), x, w),
+        (4, 6),
+        X,
+    ),
+    kernel(
+        "cond, a branch of a constant",
+        lambda w, x: lax.cond(x.sum() < 99, lambda: (x @ w).sum(), lambda: 0.0),
+        (4, 6),
+        X,
+    ),
+    kernel(
+        "cond that returns the weight",
+        lambda w, x: x @ lax.cond(x.sum() > 0, lambda: (w, 1), lambda: (w, 2))[0],
+        (4, 6),
+        X,
+    ),
+    layers(
+        "cond in scan",
+        lambda w, x: scanned(
+            (w, jnp.array([True, False, True])),
+            x,
+            lambda c, own: (lax.cond(own[1], lambda: jnp.tanh(c @ own[0]), lambda: c), None),
+        ),
+    ),
+    layers(
+        "switch", lambda w, x, i: lax.switch(i, [lambda: x @ w[0], lambda: x @ w[1] @ w[2], lambda: -x]), X, np.int32(1)
+    ),
     kernel("remat", lambda w, x: jax.checkpoint(layer)(x, w)[0], SQUARE, X),
-    kernel("remat that returns the weight", lambda w, x: (lambda y, w: y @ w)(*jax.checkpoint(lambda x, w: (jnp.tanh(x @ w), w))(x, w)), SQUARE, X),
-    *(layers(f"scan of remat, {name}", lambda w, x, policy=policy: scanned(w, x, jax.checkpoint(layer, policy=policy, prevent_cse=False)))
-      for name, policy in (("everything", POLICIES.everything_saveable), ("nothing", POLICIES.nothing_saveable),
-                           ("products", POLICIES.dots_with_no_batch_dims_saveable))),
+    kernel(
+        "remat that returns the weight",
+        lambda w, x: (lambda y, w: y @ w)(*jax.checkpoint(lambda x, w: (jnp.tanh(x @ w), w))(x, w)),
+        SQUARE,
+        X,
+    ),
+    *(
+        layers(
+            f"scan of remat, {name}",
+            lambda w, x, policy=policy: scanned(w, x, jax.checkpoint(layer, policy=policy, prevent_cse=False)),
+        )
+        for name, policy in (
+            ("everything", POLICIES.everything_saveable),
+            ("nothing", POLICIES.nothing_saveable),
+            ("products", POLICIES.dots_with_no_batch_dims_saveable),
+        )
+    ),
     layers("remat of scan", lambda w, x: jax.checkpoint(scanned)(w, x)),
     layers("vmap of scan", lambda w, x: jax.vmap(lambda x: scanned(w, x))(x)),
-    layers("vmap of cond", lambda w, x: jax.vmap(lambda x: lax.cond(x.sum() > 0, lambda: x @ w[0], lambda: x @ w[1] @ w[2]))(x),
-           **merged("select_n", "no rule")),
-    kernel("grad inside", lambda w, x: jax.grad(lambda x: jnp.tanh(x @ w).sum())(x), (4, 6), X,),
+    layers(
+        "vmap of cond",
+        lambda w, x: jax.vmap(lambda x: lax.cond(x.sum() > 0, lambda: x @ w[0], lambda: x @ w[1] @ w[2]))(x),
+        **merged("select_n", "no rule"),
+    ),
+    kernel(
+        "grad inside",
+        lambda w, x: jax.grad(lambda x: jnp.tanh(x @ w).sum())(x),
+        (4, 6),
+        X,
+    ),
     kernel("jvp inside", lambda w, x: jax.jvp(lambda x: jnp.tanh(x @ w), (x,), (2 * x,)), (4, 6), X),
-    kernel("linear_transpose inside", lambda w, x: jax.linear_transpose(lambda x: x @ w, jnp.ones((5, 4)))(x)[0], (4, 6), (5, 6)),
+    kernel(
+        "linear_transpose inside",
+        lambda w, x: jax.linear_transpose(lambda x: x @ w, jnp.ones((5, 4)))(x)[0],
+        (4, 6),
+        (5, 6),
+    ),
 )
 
 
@@ -410,15 +616,19 @@ CUSTOM = (
     kernel("custom_vjp that gives a number", lambda w, x: scaled_by(x, w, 2.0), (4, 6), X),
     layers("custom_vjp of a scan", lambda w, x: layers_of(x, w)),
     layers("custom_vjp in scan", lambda w, x: scanned(w, x, lambda c, own: (halved(jnp.tanh(c), own), None))),
-    layers("custom_vjp in remat in scan", lambda w, x: scanned(
-        w, x, jax.checkpoint(lambda c, own: (halved(jnp.tanh(c), own), None)))),
+    layers(
+        "custom_vjp in remat in scan",
+        lambda w, x: scanned(w, x, jax.checkpoint(lambda c, own: (halved(jnp.tanh(c), own), None))),
+    ),
     kernel("custom_vjp in cond", lambda w, x: lax.cond(x.sum() < 99, halved, lambda x, w: 2 * x @ w, x, w), (4, 6), X),
     kernel("custom_vjp in vmap", lambda w, x: jax.vmap(halved, (0, None))(x, w), (4, 6), X),
     kernel("custom_vjp, weight twice", lambda w, x: halved(halved(x, w), w), SQUARE, X),
     kernel("custom_jvp", lambda w, x: halved_forward(x, w), (4, 6), X),
     kernel("custom_jvp with booleans", lambda w, x: masked_product(x, w, jnp.arange(6) > 2), (4, 6), X),
-    layers("custom_jvp in remat in scan", lambda w, x: scanned(
-        w, x, jax.checkpoint(lambda c, own: (halved_forward(jnp.tanh(c), own), None)))),
+    layers(
+        "custom_jvp in remat in scan",
+        lambda w, x: scanned(w, x, jax.checkpoint(lambda c, own: (halved_forward(jnp.tanh(c), own), None))),
+    ),
     kernel("custom_jvp in vmap", lambda w, x: jax.vmap(halved_forward, (0, None))(x, w), (4, 6), X),
     kernel("activations after", lambda w, x: after(x @ w), (4, 6), X),
     layers("activations in scan", lambda w, x: scanned(w, x, lambda c, own: (jax.nn.silu(c @ own), None))),
@@ -452,10 +662,22 @@ def two_outputs(x: Any, w: Any) -> Any:
 
 SHARD_MAPS = (
     *over_devices("data", jnp.matmul, (4, 6), (8, 4), (P("d"), P(), P("d"))),
-    *over_devices("columns", jnp.matmul, (4, 16), (3, 4), (P(), P(None, "d"), P(None, "d")),
-                  general=("merged: shard_map (shard_map over an axis that a method does not follow)",)),
-    *over_devices("rows and psum", lambda x, w: lax.psum(x @ w, "d"), (16, 4), (3, 16), (P(None, "d"), P("d"), P()),
-                  general=("merged: shard_map (shard_map over an axis that a method does not follow)",)),
+    *over_devices(
+        "columns",
+        jnp.matmul,
+        (4, 16),
+        (3, 4),
+        (P(), P(None, "d"), P(None, "d")),
+        general=("merged: shard_map (shard_map over an axis that a method does not follow)",),
+    ),
+    *over_devices(
+        "rows and psum",
+        lambda x, w: lax.psum(x @ w, "d"),
+        (16, 4),
+        (3, 16),
+        (P(None, "d"), P("d"), P()),
+        general=("merged: shard_map (shard_map over an axis that a method does not follow)",),
+    ),
     *over_devices("layers", lambda x, w: lax.psum(x @ w[0], "d"), (8, 4, 6), (3, 4), (P(), P("d"), P()), layout="bio"),
     *over_devices("scan", lambda x, w: scanned(w, x), STACKED, (8, 4), (P("d"), P(), P("d")), layout="bio"),
     *over_devices("remat", lambda x, w: jax.checkpoint(layer)(x, w)[0], SQUARE, (8, 4), (P("d"), P(), P("d"))),
@@ -473,21 +695,45 @@ MERGED = (
     kernel("the weight sorted", lambda w, x: x @ jnp.sort(w), (4, 6), X, **merged("sort", "no rule")),
     kernel("the weight reversed", lambda w, x: x @ w[::-1], (4, 6), X, **merged("rev", "no rule")),
     kernel("the weight padded", lambda w, x: x @ jnp.pad(w, ((0, 0), (0, 2))), (4, 6), X, **merged("pad", "no rule")),
-    kernel("a product with itself", lambda w, x: x @ (w @ w), SQUARE, X,
-           **merged("dot_general", "product of two adapted weights")),
-    kernel("columns by ids", lambda w, x: x @ w[:, np.array([0, 3, 3])], (4, 6), X,
-           **merged("gather", "gather along output axes")),
+    kernel(
+        "a product with itself",
+        lambda w, x: x @ (w @ w),
+        SQUARE,
+        X,
+        **merged("dot_general", "product of two adapted weights"),
+    ),
+    kernel(
+        "columns by ids",
+        lambda w, x: x @ w[:, np.array([0, 3, 3])],
+        (4, 6),
+        X,
+        **merged("gather", "gather along output axes"),
+    ),
     kernel("the weight returned", lambda w, x: (x, w), (4, 6), X, **merged("output", "the function returns it")),
-    case("two kernels side by side", lambda p, x: x @ jnp.concatenate([p["a"]["kernel"], p["b"]["kernel"]], 1),
-         {"a": {"kernel": (4, 6)}, "b": {"kernel": (4, 3)}}, X,
-         **merged("concatenate", "concatenation along an axis of the weight")),
-    case("kernels of two forms stacked", lambda p, x: x @ jnp.stack([p["a"]["kernel"], p["b"]["kernel"].T]),
-         {"a": {"kernel": SQUARE}, "b": {"kernel": SQUARE}}, (2, 5, 4),
-         **merged("stack", "stack of weights of different form")),
-    case("a chain of two, one product", lambda p, x: x @ (p["a"]["kernel"] @ p["b"]["kernel"]),
-         {"a": {"kernel": (4, 6)}, "b": {"kernel": (6, 3)}}, X,
-         **merged("dot_general", "product of two adapted weights")),
-    kernel("used well and badly", lambda w, x: x @ w + NORM(w, x).sum(), (4, 6), X, **merged("mul", "no rule", "low-rank")),
+    case(
+        "two kernels side by side",
+        lambda p, x: x @ jnp.concatenate([p["a"]["kernel"], p["b"]["kernel"]], 1),
+        {"a": {"kernel": (4, 6)}, "b": {"kernel": (4, 3)}},
+        X,
+        **merged("concatenate", "concatenation along an axis of the weight"),
+    ),
+    case(
+        "kernels of two forms stacked",
+        lambda p, x: x @ jnp.stack([p["a"]["kernel"], p["b"]["kernel"].T]),
+        {"a": {"kernel": SQUARE}, "b": {"kernel": SQUARE}},
+        (2, 5, 4),
+        **merged("stack", "stack of weights of different form"),
+    ),
+    case(
+        "a chain of two, one product",
+        lambda p, x: x @ (p["a"]["kernel"] @ p["b"]["kernel"]),
+        {"a": {"kernel": (4, 6)}, "b": {"kernel": (6, 3)}},
+        X,
+        **merged("dot_general", "product of two adapted weights"),
+    ),
+    kernel(
+        "used well and badly", lambda w, x: x @ w + NORM(w, x).sum(), (4, 6), X, **merged("mul", "no rule", "low-rank")
+    ),
 )
 
 _ALL = (*PRODUCTS, *CONVOLUTIONS, *VIEWS, *CONTROL, *CUSTOM, *SHARD_MAPS, *MERGED, *FRAMEWORKS)

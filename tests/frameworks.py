@@ -26,7 +26,9 @@ def filled(args: tuple[Any, ...]) -> tuple[Any, ...]:
     return tuple(random_like(arg, 50 + index, 1.0) for index, arg in enumerate(args))
 
 
-def linen(name: str, make: Callable[[], nn.Module], *args: Any, layouts: Mapping[str, str] | None = None, **fields: Any):
+def linen(
+    name: str, make: Callable[[], nn.Module], *args: Any, layouts: Mapping[str, str] | None = None, **fields: Any
+):
     """A row of `module.apply`. args: shapes to fill with random numbers, or arrays. layouts: None to infer them."""
 
     def build() -> Problem:
@@ -72,12 +74,18 @@ LINEN = (
     linen("Embed", lambda: nn.Embed(7, 5), IDS, layouts={}, **LOOKUP),
     linen("Conv, one axis", lambda: nn.Conv(5, (3,), padding="CAUSAL"), (2, 6, 2), layouts={"kernel": ".io"}, **CONV),
     linen("Conv, strides", lambda: nn.Conv(5, (3, 3), strides=(2, 1)), IMAGE, layouts={}, **CONV),
-    linen("Conv, dilation", lambda: nn.Conv(5, (3, 2), kernel_dilation=(1, 2), padding=((1, 0), (0, 2))), IMAGE, **CONV),
+    linen(
+        "Conv, dilation", lambda: nn.Conv(5, (3, 2), kernel_dilation=(1, 2), padding=((1, 0), (0, 2))), IMAGE, **CONV
+    ),
     linen("Conv, circular padding", lambda: nn.Conv(5, (3, 3), padding="CIRCULAR"), IMAGE, **CONV),
     linen("Conv, groups", lambda: nn.Conv(4, (3, 3), feature_group_count=2), IMAGE, how=(GROUPED,), general=(GROUPED,)),
     linen("ConvTranspose", lambda: nn.ConvTranspose(5, (3, 3), strides=(2, 2)), IMAGE, **CONV),
-    linen("attention", lambda: nn.MultiHeadDotProductAttention(2), X,
-          layouts={rf"{name}\.kernel": layout for name, layout in ATTENTION.items()}),
+    linen(
+        "attention",
+        lambda: nn.MultiHeadDotProductAttention(2),
+        X,
+        layouts={rf"{name}\.kernel": layout for name, layout in ATTENTION.items()},
+    ),
     linen("attention, inferred", lambda: nn.MultiHeadDotProductAttention(2), X),
     linen("scan", LinenTower, X),
     linen("scan of remat", lambda: LinenTower(remat=True), X),
@@ -137,14 +145,14 @@ def nnx_attention(rngs: nnx.Rngs) -> Any:
 NNX = (
     nnx_row("Linear", lambda rngs: nnx.Linear(4, 6, rngs=rngs), X, layouts={}),
     nnx_row("LinearGeneral", lambda rngs: nnx.LinearGeneral(4, (2, 3), rngs=rngs), X),
-    nnx_row("LinearGeneral from heads", lambda rngs: nnx.LinearGeneral((2, 2), 7, axis=(-2, -1), rngs=rngs),
-            (2, 5, 2, 2)),
+    nnx_row(
+        "LinearGeneral from heads", lambda rngs: nnx.LinearGeneral((2, 2), 7, axis=(-2, -1), rngs=rngs), (2, 5, 2, 2)
+    ),
     nnx_row("Einsum", lambda rngs: nnx.Einsum("bti,ino->btno", (4, 2, 3), (2, 3), rngs=rngs), X),
     nnx_row("Embed", lambda rngs: nnx.Embed(7, 5, param_dtype=float, rngs=rngs), IDS, layouts={}, **LOOKUP),
     nnx_row("Conv", lambda rngs: nnx.Conv(2, 5, (3, 3), strides=2, rngs=rngs), IMAGE, layouts={}, **CONV),
     nnx_row("Conv, one axis", lambda rngs: nnx.Conv(2, 5, (3,), kernel_dilation=2, rngs=rngs), (2, 6, 2), **CONV),
-    nnx_row("attention", nnx_attention, X,
-            layouts={rf"{name}\.kernel": layout for name, layout in ATTENTION.items()}),
+    nnx_row("attention", nnx_attention, X, layouts={rf"{name}\.kernel": layout for name, layout in ATTENTION.items()}),
     nnx_row("attention, inferred", nnx_attention, X),
     nnx_row("scan", NnxTower, X),
     nnx_row("scan of remat", lambda rngs: NnxTower(rngs, remat=True), X),
@@ -175,21 +183,57 @@ def equinox_layers(model: Any, x: Any) -> Any:
 
 
 EQUINOX = (
-    equinox("Linear", lambda key: eqx.nn.Linear(4, 6, key=key), lambda m, x: jax.vmap(m)(x), (5, 4),
-            layouts={"weight": "oi"}),
-    equinox("Linear, jitted, rematerialised", lambda key: eqx.nn.Linear(4, 6, key=key),
-            lambda m, x: eqx.filter_jit(eqx.filter_checkpoint(lambda m, x: jnp.tanh(jax.vmap(m)(x))))(m, x), (5, 4),
-            layouts={"weight": "oi"}),
-    equinox("MLP", lambda key: eqx.nn.MLP(4, 3, 5, 2, key=key), lambda m, x: jax.vmap(m)(x), (5, 4),
-            layouts={r".*weight": "oi"}),
-    equinox("attention", lambda key: eqx.nn.MultiheadAttention(2, 4, key=key), lambda m, x: m(x, x, x), (5, 4),
-            layouts={r".*weight": "oi"}),
-    equinox("Conv2d", lambda key: eqx.nn.Conv2d(2, 5, 3, key=key), lambda m, x: m(x), (2, 6, 6),
-            layouts={"weight": "oi.."}, **CONV),
-    equinox("Embedding", lambda key: eqx.nn.Embedding(7, 5, key=key), lambda m, ids: jax.vmap(jax.vmap(m))(ids), IDS,
-            layouts={"weight": "vo"}, **LOOKUP),
-    equinox("layers in scan", lambda key: eqx.filter_vmap(lambda key: eqx.nn.Linear(4, 4, key=key))(jnp.stack([key] * 3)),
-            equinox_layers, (5, 4), layouts={"weight": "boi"}),
+    equinox(
+        "Linear",
+        lambda key: eqx.nn.Linear(4, 6, key=key),
+        lambda m, x: jax.vmap(m)(x),
+        (5, 4),
+        layouts={"weight": "oi"},
+    ),
+    equinox(
+        "Linear, jitted, rematerialised",
+        lambda key: eqx.nn.Linear(4, 6, key=key),
+        lambda m, x: eqx.filter_jit(eqx.filter_checkpoint(lambda m, x: jnp.tanh(jax.vmap(m)(x))))(m, x),
+        (5, 4),
+        layouts={"weight": "oi"},
+    ),
+    equinox(
+        "MLP",
+        lambda key: eqx.nn.MLP(4, 3, 5, 2, key=key),
+        lambda m, x: jax.vmap(m)(x),
+        (5, 4),
+        layouts={r".*weight": "oi"},
+    ),
+    equinox(
+        "attention",
+        lambda key: eqx.nn.MultiheadAttention(2, 4, key=key),
+        lambda m, x: m(x, x, x),
+        (5, 4),
+        layouts={r".*weight": "oi"},
+    ),
+    equinox(
+        "Conv2d",
+        lambda key: eqx.nn.Conv2d(2, 5, 3, key=key),
+        lambda m, x: m(x),
+        (2, 6, 6),
+        layouts={"weight": "oi.."},
+        **CONV,
+    ),
+    equinox(
+        "Embedding",
+        lambda key: eqx.nn.Embedding(7, 5, key=key),
+        lambda m, ids: jax.vmap(jax.vmap(m))(ids),
+        IDS,
+        layouts={"weight": "vo"},
+        **LOOKUP,
+    ),
+    equinox(
+        "layers in scan",
+        lambda key: eqx.filter_vmap(lambda key: eqx.nn.Linear(4, 4, key=key))(jnp.stack([key] * 3)),
+        equinox_layers,
+        (5, 4),
+        layouts={"weight": "boi"},
+    ),
 )
 
 

@@ -35,7 +35,9 @@ lifted, expected = jpeft.lift(mlp), on_merged(mlp)
 TRANSFORMED = {
     "jit": lambda f, w, x: jax.jit(f)(w, x),
     "vmap over x": lambda f, w, x: jax.vmap(f, (None, 0))(w, x),
-    "vmap with an axis name": lambda f, w, x: jax.vmap(lambda w, x: lax.psum(f(w, x), "b"), (None, 0), axis_name="b")(w, x),
+    "vmap with an axis name": lambda f, w, x: jax.vmap(lambda w, x: lax.psum(f(w, x), "b"), (None, 0), axis_name="b")(
+        w, x
+    ),
     "scan": lambda f, w, x: lax.scan(lambda c, x: (c + f(w, x + c), c.sum()), jnp.ones((5, 4)), x),
     "scan carrying the parameters": lambda f, w, x: lax.scan(lambda c, x: (c, f(c, x)), w, x)[1],
     "checkpoint": lambda f, w, x: jax.jacrev(lambda x: jax.checkpoint(f)(w, x))(x),
@@ -75,7 +77,9 @@ def test_vmap_over_adapters():
 
 
 def test_eval_shape_of_abstract_parameters():
-    params = jax.tree.map(lambda shape: jax.ShapeDtypeStruct(shape, jnp.bfloat16), DENSE, is_leaf=lambda s: type(s) is tuple)
+    params = jax.tree.map(
+        lambda shape: jax.ShapeDtypeStruct(shape, jnp.bfloat16), DENSE, is_leaf=lambda s: type(s) is tuple
+    )
     wrapped = jpeft.wrap(params, LoraConfig(r=2, target_modules=".*"))
     out = jax.eval_shape(lifted, wrapped, jax.ShapeDtypeStruct((5, 4), jnp.bfloat16))
     assert (out.shape, out.dtype) == ((5, 4), jnp.bfloat16)
@@ -102,7 +106,9 @@ def test_adapters_of_different_methods_act_in_their_order(order):
 
 
 def second_adapter(wrapped):
-    both = jpeft.wrap(wrapped, LoraConfig(r=2, target_modules=".*"), adapter_name="second", dtype=jnp.result_type(float))
+    both = jpeft.wrap(
+        wrapped, LoraConfig(r=2, target_modules=".*"), adapter_name="second", dtype=jnp.result_type(float)
+    )
     return dataclasses.replace(both, adapters=random_like(both.adapters, 300))
 
 
@@ -115,7 +121,9 @@ def test_disabled_adapters_leave_the_base():
 @pytest.mark.usefixtures("x64")
 def test_what_is_saved_and_trained_in_full():
     wrapped = of_mlp(target_modules=["dense"], modules_to_save=["out"], bias="all")
-    adapter = dataclasses.replace(wrapped.adapters["default"], replaced=random_like(wrapped.adapters["default"].replaced, 4))
+    adapter = dataclasses.replace(
+        wrapped.adapters["default"], replaced=random_like(wrapped.adapters["default"].replaced, 4)
+    )
     wrapped = dataclasses.replace(wrapped, adapters={"default": adapter})
     assert sorted(adapter.replaced) == ["dense.bias", "out.kernel"]
     assert_close(results(lifted, wrapped, (batch(5, 4),)), results(expected, wrapped, (batch(5, 4),)))
@@ -139,12 +147,16 @@ def test_two_peft_params_are_refused():
 
 def test_an_unused_adapter_warns():
     wrapped = of_mlp()
-    with pytest.warns(UserWarning, match=r"the function uses no weight of: out \(adapter 'default'\); its adapter has no"):
+    with pytest.warns(
+        UserWarning, match=r"the function uses no weight of: out \(adapter 'default'\); its adapter has no"
+    ):
         jpeft.lift(lambda p, x: x @ p["dense"]["kernel"])(wrapped, batch(5, 4))
 
 
 def test_the_warning_of_many_unused_adapters_is_short():
-    wrapped = jpeft.wrap({f"d{i}": {"kernel": jnp.ones((4, 4))} for i in range(9)}, LoraConfig(r=2, target_modules=".*"))
+    wrapped = jpeft.wrap(
+        {f"d{i}": {"kernel": jnp.ones((4, 4))} for i in range(9)}, LoraConfig(r=2, target_modules=".*")
+    )
     with pytest.warns(UserWarning, match=r"d4 \(adapter 'default'\) and 4 more; its adapter"):
         jpeft.lift(lambda p, x: x)(wrapped, batch(5, 4))
 
@@ -212,7 +224,9 @@ def test_named_scopes_survive_in_loops_and_calls():
             return lax.scan(jax.checkpoint(body), x, length=2)[0]
 
     jaxpr = jax.make_jaxpr(jpeft.lift(function))(of_mlp(), batch(5, 4))
-    named = {str(eqn.source_info.name_stack) for eqn in equations(jaxpr) if eqn.primitive.name in ("scan", "dot_general")}
+    named = {
+        str(eqn.source_info.name_stack) for eqn in equations(jaxpr) if eqn.primitive.name in ("scan", "dot_general")
+    }
     assert named == {"loop", "body"}
 
 
@@ -221,7 +235,14 @@ def test_prints_survive_in_order(capfd):
         jax.debug.print("first {}", x.sum(), ordered=True)
         y = x @ params["dense"]["kernel"]
         jax.debug.print("second {}", y.shape[0], ordered=True)
-        z, _ = lax.scan(lambda c, i: (jnp.tanh(c @ params["out"]["kernel"]) @ params["dense"]["kernel"], jax.debug.print("in {}", i, ordered=True)), y, jnp.arange(2))
+        z, _ = lax.scan(
+            lambda c, i: (
+                jnp.tanh(c @ params["out"]["kernel"]) @ params["dense"]["kernel"],
+                jax.debug.print("in {}", i, ordered=True),
+            ),
+            y,
+            jnp.arange(2),
+        )
         jax.debug.print("last {}", (z * 0).sum(), ordered=True)
         return z
 
@@ -257,7 +278,9 @@ def test_remat_keeps_its_policy(policy, prevent_cse):
 def equations(jaxpr):
     for equation in getattr(jaxpr, "jaxpr", jaxpr).eqns:
         yield equation
-        for value in jax.tree.leaves(equation.params, is_leaf=lambda leaf: hasattr(leaf, "eqns") or hasattr(leaf, "jaxpr")):
+        for value in jax.tree.leaves(
+            equation.params, is_leaf=lambda leaf: hasattr(leaf, "eqns") or hasattr(leaf, "jaxpr")
+        ):
             if hasattr(value, "eqns") or hasattr(value, "jaxpr"):
                 yield from equations(value)
 
@@ -267,7 +290,9 @@ def test_the_change_of_a_weight_is_not_built():
     params = {"dense": {"kernel": jnp.ones((64, 96))}}
     wrapped = jpeft.wrap(params, LoraConfig(r=2, target_modules=".*"))
     loss = jpeft.value_and_grad(lambda w, x: jpeft.lift(lambda p, x: x @ p["dense"]["kernel"])(w, x).sum())
-    made = [var.aval.shape for eqn in equations(jax.make_jaxpr(loss)(wrapped, jnp.ones((3, 64)))) for var in eqn.outvars]
+    made = [
+        var.aval.shape for eqn in equations(jax.make_jaxpr(loss)(wrapped, jnp.ones((3, 64)))) for var in eqn.outvars
+    ]
     assert made and not {(64, 96), (96, 64)} & set(made)
 
 

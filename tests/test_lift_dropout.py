@@ -11,7 +11,7 @@ from jax.sharding import AxisType, PartitionSpec as P
 
 import jpeft
 from jpeft import LoraConfig
-from tests.cases import scanned
+from tests.cases import halved, scanned
 from tests.harness import random_like
 
 SIZE, RATE = 16, 0.25
@@ -126,6 +126,14 @@ def test_the_gradient_passes_through_the_mask():
     np.testing.assert_array_equal(gradient, product(wrapped, X))
 
 
+def test_a_rule_of_the_user_gives_the_derivative_without_dropout():
+    function = jpeft.lift(lambda p, x: halved(x, p["a"]["kernel"]).sum())
+    wrapped = transparent(ONE)
+    got, want = (jax.grad(function, argnums=1)(w, X) for w in (seeded(wrapped), wrapped))
+    np.testing.assert_allclose(got, want)
+    assert function(seeded(wrapped), X) != function(wrapped, X)
+
+
 def test_remat_drops_the_same_entries_twice():
     wrapped = seeded(transparent(STACK, layouts=LAYERS))
     x = random_like((5, SIZE), 5, 1.0)
@@ -152,7 +160,7 @@ def test_lookups_are_not_dropped():
 
 
 def test_another_key_does_not_recompile():
-    step = jax.jit(product)
+    step = jax.jit(jpeft.lift(lambda p, x: x @ p["a"]["kernel"]))
     for seed in range(3):
         step(seeded(transparent(ONE), seed), X)
     assert step._cache_size() == 1

@@ -81,7 +81,11 @@ def plain(x: jax.Array, *weights: dict[str, jax.Array]) -> tuple[jax.Array, ...]
 
 
 def decoder_loss(
-    params: dict[str, Any], tokens: jax.Array, shape: Shape, project: Project = plain, constrain: Constrain = lambda x: x
+    params: dict[str, Any],
+    tokens: jax.Array,
+    shape: Shape,
+    project: Project = plain,
+    constrain: Constrain = lambda x: x,
 ) -> jax.Array:
     """Mean cross-entropy of the next token. constrain: applied to each layer's result, to shard it."""
 
@@ -226,9 +230,7 @@ def shared_first_factor(x: jax.Array, *weights: dict[str, jax.Array]) -> tuple[j
     h = lax.dot_general(rows, jnp.concatenate([w["lora_A"] for w in weights]).astype(x.dtype), (((1,), (1,)), ((), ())))
     parts = jnp.split(h, len(weights), axis=1)
     changes = [part @ w["lora_B"].astype(x.dtype).T for part, w in zip(parts, weights, strict=True)]
-    return tuple(
-        y + change.reshape(y.shape) for y, change in zip(plain(x, *weights), changes, strict=True)
-    )
+    return tuple(y + change.reshape(y.shape) for y, change in zip(plain(x, *weights), changes, strict=True))
 
 
 def materialised(x: jax.Array, *weights: dict[str, jax.Array]) -> tuple[jax.Array, ...]:

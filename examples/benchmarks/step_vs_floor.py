@@ -75,7 +75,9 @@ def main() -> None:
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rank", type=int, default=8)
-    parser.add_argument("--hidden", type=int, default=1024, help="width, a multiple of 64; the MLP's is 2.75 times that")
+    parser.add_argument(
+        "--hidden", type=int, default=1024, help="width, a multiple of 64; the MLP's is 2.75 times that"
+    )
     parser.add_argument("--layers", type=int, default=6)
     parser.add_argument("--vocabulary", type=int, default=4096)
     parser.add_argument("--tokens", type=int, default=1024, help="tokens a step, in two sequences")
@@ -112,8 +114,7 @@ def jax_variants(args: argparse.Namespace, shape: Shape) -> dict[str, Variant]:
 def jax_steps(args: argparse.Namespace, shape: Shape) -> dict[str, Step]:
     tokens = jax.random.randint(jax.random.key(1), (2, args.tokens // 2), 0, shape.vocabulary)
     return {
-        name: jax_step(variant, tokens)
-        for name, variant in tqdm(jax_variants(args, shape).items(), desc="compiling")
+        name: jax_step(variant, tokens) for name, variant in tqdm(jax_variants(args, shape).items(), desc="compiling")
     }
 
 
@@ -204,9 +205,7 @@ def summary(name: str, times: Times) -> dict[str, Any]:
     wall, cpu = (ratios(name, times[clock]) for clock in CLOCKS)
     low, middle, high = statistics.quantiles(wall, n=4)
     milliseconds = 1000 * statistics.median(times["wall"][name])
-    return {
-        "name": name, "ratio": middle, "low": low, "high": high, "cpu": statistics.median(cpu), "ms": milliseconds
-    }
+    return {"name": name, "ratio": middle, "low": low, "high": high, "cpu": statistics.median(cpu), "ms": milliseconds}
 
 
 def ratios(name: str, seconds: dict[str, list[float]]) -> list[float]:
@@ -234,10 +233,9 @@ def table(report: dict[str, Any]) -> str:
         "| variant | step / floor | quartiles | in CPU time | ms |",
         "|---|---|---|---|---|",
     ]
-    lines += [
-        f"| {row['name']} | {row['ratio']:.3f} | {row['low']:.3f} to {row['high']:.3f} | {row['cpu']:.3f} | {row['ms']:.0f} |"
-        for row in report["rows"]
-    ]
+    for row in report["rows"]:
+        spread = f"{row['low']:.3f} to {row['high']:.3f}"
+        lines.append(f"| {row['name']} | {row['ratio']:.3f} | {spread} | {row['cpu']:.3f} | {row['ms']:.0f} |")
     return "\n".join(lines)
 
 

@@ -110,9 +110,7 @@ def wrapped_parameters(mesh: Mesh, base: dict[str, Any], rank: int) -> jpeft.Pef
 
 def variants(mesh: Mesh, shape: Shape, rank: int) -> dict[str, Variant]:
     rows = NamedSharding(mesh, P("fsdp"))
-    loss = functools.partial(
-        decoder_loss, shape=shape, constrain=lambda x: jax.lax.with_sharding_constraint(x, rows)
-    )
+    loss = functools.partial(decoder_loss, shape=shape, constrain=lambda x: jax.lax.with_sharding_constraint(x, rows))
     base = base_parameters(mesh, shape)
     wrapped = wrapped_parameters(mesh, base, rank)
     zeros = lambda size: abstract(mesh, size, jnp.float32, P())  # noqa: E731

@@ -10,6 +10,7 @@ from jax import lax
 from jax.sharding import PartitionSpec
 
 from .._contract import STACK
+from ._dropout import at_step, has_key
 from ._jaxpr import (
     JIT_PRIMITIVES,
     Equation,
@@ -85,27 +86,35 @@ def while_(context: Context, equation: Equation, inputs: list[Any], needed: list
         for keep, value in zip(fixed, carry, strict=True)
     ]
 
-    def full(state: Sequence[Any]) -> list[Any]:
-        return [value if keep else now for keep, value, now in zip(fixed, carry, state, strict=True)]
+    def full(state: Sequence[Any], step: Any = None) -> list[Any]:
+        return [at_step(value, step) if keep else now for keep, value, now in zip(fixed, carry, state, strict=True)]
 
-    def test(state: Sequence[Any]) -> Any:
-        return walk(context, params["cond_jaxpr"], [*for_cond, *full(state)])[0]
+    def test(state: tuple[Any, Sequence[Any]]) -> Any:
+        step, own = state
+        constants = [at_step(value, step) for value in for_cond]
+        return walk(context, params["cond_jaxpr"], [*constants, *full(own, step)])[0]
 
-    def body(state: Sequence[Any]) -> list[Any]:
-        outputs = walk(context, params["body_jaxpr"], [*for_body, *full(state)], [not keep for keep in fixed])
-        return _like_carry(_outputs(context, equation, outputs), state)
+    def body(state: tuple[Any, Sequence[Any]]) -> tuple[Any, list[Any]]:
+        step, own = state
+        constants = [at_step(value, step) for value in for_body]
+        outputs = walk(context, params["body_jaxpr"], [*constants, *full(own, step)], [not keep for keep in fixed])
+        return None if step is None else step + 1, _like_carry(_outputs(context, equation, outputs), own)
 
-    return full(lax.while_loop(test, body, start))
+    # Only dropout asks for the number of the step.
+    first = 0 if any(map(has_key, inputs)) else None
+    return full(lax.while_loop(test, body, (first, start))[1])
 
 
 def scan(context: Context, equation: Equation, inputs: list[Any], needed: list[bool]) -> list[Any]:
     params, jaxpr = equation.params, equation.params["jaxpr"]
     n_constants, n_carry = scan_split(equation)
-    closed, carry, xs = inputs[:n_constants], inputs[n_constants : n_constants + n_carry], inputs[n_constants + n_carry :]
+    closed, carry, xs = (
+        inputs[:n_constants],
+        inputs[n_constants : n_constants + n_carry],
+        inputs[n_constants + n_carry :],
+    )
     forwarded = _forwarded(jaxpr)
-    fixed = [
-        is_adapted(value) and forwarded[place] == n_constants + place for place, value in enumerate(carry)
-    ]
+    fixed = [is_adapted(value) and forwarded[place] == n_constants + place for place, value in enumerate(carry)]
     start = [
         None if keep else plain(context, equation, value, "the loop changes it")
         for keep, value in zip(fixed, carry, strict=True)
@@ -118,15 +127,18 @@ def scan(context: Context, equation: Equation, inputs: list[Any], needed: list[b
     ]
     wanted = [*(not keep for keep in fixed), *(n and s is None for n, s in zip(needed[n_carry:], stacks, strict=True))]
 
-    def body(state: Sequence[Any], slices: Sequence[Any]) -> tuple[list[Any], list[Any]]:
-        now = [value if keep else own for keep, value, own in zip(fixed, carry, state, strict=True)]
+    def body(state: Sequence[Any], x: tuple[Sequence[Any], Any]) -> tuple[list[Any], list[Any]]:
+        slices, step = x
+        constants = [at_step(value, step) for value in closed]
+        now = [at_step(value, step) if keep else own for keep, value, own in zip(fixed, carry, state, strict=True)]
         rows = [piece.rebuild(own) for piece, own in zip(sliced, slices, strict=True)]
-        outputs = _outputs(context, equation, walk(context, jaxpr, [*closed, *now, *rows], wanted))
+        outputs = _outputs(context, equation, walk(context, jaxpr, [*constants, *now, *rows], wanted))
         return _like_carry(outputs[:n_carry], state), outputs[n_carry:]
 
-    end, ys = lax.scan(
-        body, start, [piece.arrays for piece in sliced], params["length"], params["reverse"], params["unroll"]
-    )
+    # Only dropout asks for the number of the step.
+    steps = jnp.arange(params["length"]) if any(map(has_key, (*closed, *carry))) else None
+    given = ([piece.arrays for piece in sliced], steps)
+    end, ys = lax.scan(body, start, given, params["length"], params["reverse"], params["unroll"])
     last = [value if keep else own for keep, value, own in zip(fixed, carry, end, strict=True)]
     return [*last, *(inputs[s] if s is not None else y for s, y in zip(stacks, ys, strict=True))]
 
@@ -196,6 +208,10 @@ def shard_map(context: Context, equation: Equation, inputs: list[Any], needed: l
     specs = [_specs(value, spec) for value, spec in zip(inputs, params["in_specs"], strict=True)]
     inputs = [_resharded(value, spec) for value, spec in zip(inputs, specs, strict=True)]
 
+    if not params["check_vma"]:
+        named = [spec for value, spec in zip(inputs, params["in_specs"], strict=True) if not is_adapted(value)]
+        context = dataclasses.replace(context, spread=(*context.spread, *_names(named)))
+
     def body(*args: Any) -> tuple[Any, ...]:
         local = [_local(value) for value in args]
         outputs = _outputs(context, equation, walk(context, params["jaxpr"], local, needed))
@@ -210,6 +226,12 @@ def shard_map(context: Context, equation: Equation, inputs: list[Any], needed: l
         check_vma=params["check_vma"],
     )(*inputs)
     return _with_forwarded(outputs, forwarded, inputs)
+
+
+def _names(specs: Sequence[PartitionSpec]) -> set[str]:
+    """The mesh axes that partition an array."""
+    entries = (entry for spec in specs for entry in spec if entry is not None)
+    return {name for entry in entries for name in (entry if isinstance(entry, tuple) else (entry,))}
 
 
 def _specs(value: Any, spec: PartitionSpec) -> Any:
@@ -254,9 +276,7 @@ def _local(value: Any) -> Any:
 def _resized(weight: AdaptedWeight, axis: Axis, size: int) -> AdaptedWeight:
     new = Axis(axis.role, axis.place, size)
     axes = tuple(tuple(new if a == axis else a for a in group) for group in weight.axes)
-    return weight.with_base(weight.base, axes).map_terms(
-        lambda term: term.map_axis(axis, lambda array, at: array, new)
-    )
+    return weight.with_base(weight.base, axes).map_terms(lambda term: term.map_axis(axis, lambda array, at: array, new))
 
 
 def _forwarded(jaxpr: Jaxpr) -> list[int | None]:

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ._dropout import without_key
 from ._jaxpr import Equation, custom_jvp_rule, custom_vjp_rules, is_floating, is_number, trace
 from ._walk import Context, Rule, plain, walk
 from ._weight import Unsupported, is_adapted, materialize
@@ -77,7 +78,8 @@ def custom_vjp_call(context: Context, equation: Equation, inputs: list[Any], nee
     def backward(saved: tuple[Any, ...], cotangents: list[Any]) -> tuple[Any, ...]:
         residuals, args = saved
         rule, absent = _traced_backward(custom_vjp_rules(equation)[2], residuals, cotangents)
-        given = iter(_arrays(context, equation, walk(context, rule, [*residuals, *cotangents])))
+        # Which inputs the forward pass has dropped, a rule cannot tell: it gives the derivative without dropout.
+        given = iter(_arrays(context, equation, walk(context, rule, [*map(without_key, residuals), *cotangents])))
         gradients = [None if missing else next(given) for missing in absent]
         return tuple(_pulled_back(arg, gradient) for arg, gradient in zip(args, gradients, strict=True))
 

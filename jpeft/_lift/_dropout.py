@@ -1,15 +1,16 @@
 """Dropout on the input of an adapter: another mask for each module, each use of it, and each device of a mesh."""
 
+import dataclasses
+import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.sharding import PartitionSpec
 
-from ._jaxpr import Equation, explicit_sharding, reshard, varying_axes
+from ._jaxpr import Equation, varying_axes
 from ._walk import Context
-from ._weight import Term
+from ._weight import Term, is_adapted
 
 
 def dropped(context: Context, equation: Equation, term: Term, x: jax.Array) -> jax.Array:
@@ -18,11 +19,38 @@ def dropped(context: Context, equation: Equation, term: Term, x: jax.Array) -> j
     if "key" not in term.arrays or not rate:
         return x
     key: Any = term.arrays["key"].reshape(-1)[0]
-    key = jax.random.fold_in(key, context.record.dropout_index(term, equation))
-    for axis in varying_axes(x):
+    key = jax.random.fold_in(key, context.dropout_index(term, equation))
+    for axis in sorted(varying_axes(x) | set(context.spread)):
         key = jax.random.fold_in(key, lax.axis_index(axis))
     kept = jax.random.bernoulli(key, 1.0 - rate, x.shape)
-    sharding = explicit_sharding(x)
-    if sharding is not None:
-        kept = reshard(kept, PartitionSpec(*sharding.spec))
     return jnp.where(kept, x / jnp.asarray(1.0 - rate, x.dtype), jnp.zeros_like(x))
+
+
+def at_step(value: Any, step: Any) -> Any:
+    """A weight inside a loop: the masks of each step are its own."""
+    if not has_key(value):
+        return value
+    return value.map_terms(lambda term: _folded(term, step))
+
+
+def _folded(term: Term, step: Any) -> Term:
+    if "key" not in term.arrays:
+        return term
+    key = term.arrays["key"]
+    fold = functools.partial(jax.random.fold_in, data=step)
+    for _ in range(key.ndim):
+        fold = jax.vmap(fold)
+    return dataclasses.replace(term, arrays={**term.arrays, "key": fold(key)})
+
+
+def has_key(value: Any) -> bool:
+    return is_adapted(value) and any("key" in term.arrays for term in value.terms)
+
+
+def without_key(value: Any) -> Any:
+    """A weight whose products drop nothing."""
+    if not has_key(value):
+        return value
+    return value.map_terms(
+        lambda term: dataclasses.replace(term, arrays={n: a for n, a in term.arrays.items() if n != "key"})
+    )

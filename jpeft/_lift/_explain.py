@@ -53,7 +53,9 @@ def explain(function: Callable[..., Any], wrapped: PeftParams, *args: Any, **kwa
     dense   default  low-rank     dot_general
     """
     if not is_peft_params(wrapped):
-        raise TypeError(f"explain expects PeftParams from jpeft.wrap as its second argument, not {type(wrapped).__name__}")
+        raise TypeError(
+            f"explain expects PeftParams from jpeft.wrap as its second argument, not {type(wrapped).__name__}"
+        )
     records: list[Any] = []
 
     def traced(wrapped: PeftParams, arrays: list[Any]) -> None:

@@ -47,7 +47,9 @@ def run_whole(jaxpr: Jaxpr, args: Sequence[Any]) -> list[Any]:
     return jax.core.eval_jaxpr(opened(jaxpr), constants(jaxpr), *args)
 
 
-def run_block(equations: Sequence[Equation], inputs: Sequence[Any], outputs: Sequence[Any], args: Sequence[Any]) -> list:
+def run_block(
+    equations: Sequence[Equation], inputs: Sequence[Any], outputs: Sequence[Any], args: Sequence[Any]
+) -> list:
     """Run equations unchanged, with their scopes, effects and contexts, from input to output variables."""
     block = jex.Jaxpr([], list(inputs), list(outputs), list(equations), debug_info=_DEBUG_INFO)
     return jax.core.eval_jaxpr(block, (), *args)
@@ -136,8 +138,29 @@ def explicit_sharding(array: Any) -> NamedSharding | None:
     return sharding
 
 
+def unsharded(function: Callable[..., Any], like: Any) -> Callable[..., Any]:
+    """A function written without a thought for shardings, where a mesh has Explicit axes: the compiler chooses them.
+
+    Its result is sharded like `like`. Its arguments are pytrees of arrays; it closes over none.
+    """
+    sharding = explicit_sharding(like)
+    if sharding is None:
+        return function
+    names = zip(sharding.mesh.axis_names, sharding.mesh.axis_types, strict=True)
+    axes = tuple(name for name, kind in names if kind == AxisType.Explicit)
+    return jax.sharding.auto_axes(function, axes=axes, out_sharding=sharding)
+
+
 def reshard(array: jax.Array, spec: PartitionSpec) -> jax.Array:
     return jax.sharding.reshard(array, spec)
+
+
+def beside(array: jax.Array, like: Any) -> jax.Array:
+    """An array on the mesh that `like` is on, whose axes may be of other types in another part of a program."""
+    mesh, own = jax.typeof(like).sharding.mesh, jax.typeof(array).sharding.mesh
+    if own.empty or mesh.empty or own.axis_types == mesh.axis_types:
+        return array
+    return jax.sharding.reshard(array, NamedSharding(mesh, PartitionSpec()))
 
 
 def varying_axes(array: Any) -> frozenset[str]:

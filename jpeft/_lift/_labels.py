@@ -9,9 +9,6 @@ from typing import Any
 
 import jax
 from jax import lax
-from jax.sharding import NamedSharding, PartitionSpec
-
-from ._jaxpr import explicit_sharding
 
 Label = Hashable
 Group = tuple[Label, ...]
@@ -58,30 +55,15 @@ def contract(
     *,
     precision: Any = None,
     out_dtype: Any = None,
-    specs: Mapping[Label, Any] | None = None,
 ) -> tuple[jax.Array, tuple[Label, ...]]:
-    """Multiply over the `summed` labels; other shared labels are batch axes. Returns (array, its labels).
-
-    specs: with Explicit mesh axes, the mesh axes of each label of the result.
-    """
+    """Multiply over the `summed` labels; other shared labels are batch axes. Returns (array, its labels)."""
     shared = [label for label in left_labels if label in right_labels]
     batch = [label for label in shared if label not in summed]
     numbers = (_positions(left_labels, summed), _positions(right_labels, summed))
     batches = (_positions(left_labels, batch), _positions(right_labels, batch))
     rest = [label for label in (*left_labels, *right_labels) if label not in shared]
     labels = (*batch, *rest)
-    out_sharding = None
-    explicit = explicit_sharding(left) or explicit_sharding(right)
-    if explicit is not None and specs is not None:
-        out_sharding = NamedSharding(explicit.mesh, PartitionSpec(*(specs.get(label) for label in labels)))
-    product = lax.dot_general(
-        left,
-        right,
-        (numbers, batches),
-        precision=precision,
-        preferred_element_type=out_dtype,
-        out_sharding=out_sharding,
-    )
+    product = lax.dot_general(left, right, (numbers, batches), precision=precision, preferred_element_type=out_dtype)
     return product, labels
 
 

@@ -6,23 +6,24 @@ hand-written backward pass), elsewhere they keep their axes, which suits shardin
 """
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.sharding import PartitionSpec
 
 from .._contract import EMBEDDING, INPUT, OUTPUT, STACK, VOCABULARY, WINDOW, Base
 from . import _labels as lab
 from ._dropout import dropped
-from ._jaxpr import Equation, explicit_sharding, make_varying, platform, reshard, run_equation, varying_axes
+from ._jaxpr import Equation, make_varying, platform, run_equation, unsharded, varying_axes
 from ._record import LOOKUP, LOW_RANK, TRANSFORMED
 from ._walk import Context, Rule
 from ._weight import (
     RANK,
     REPEATED,
+    UNKNOWN,
     AdaptedWeight,
     Axis,
     Term,
@@ -74,12 +75,13 @@ def dot_general(context: Context, equation: Equation, inputs: list[Any], needed:
         return [base]
     if all(term.low_rank for term in weight.terms):
         for term in weight.terms:
-            context.record.use(weight, LOW_RANK, equation, only=term)
-            base = _add(base, _low_rank(context, product, term, base, backwards=backwards))
+            context.use(weight, LOW_RANK, equation, only=term)
+            change = unsharded(functools.partial(_low_rank, context, product, base.dtype, backwards), base)
+            base = base + change(product.x, term)
         return [base]
-    y = _general(context, product, weight, backwards=backwards)
-    context.record.use(weight, TRANSFORMED, equation)
-    return [_like(y, base)]
+    y = unsharded(functools.partial(_general, context, product, backwards), base)(product.x, weight)
+    context.use(weight, TRANSFORMED, equation)
+    return [y.astype(base.dtype)]
 
 
 def _sides(inputs: list[Any]) -> tuple[Any, AdaptedWeight, bool]:
@@ -139,15 +141,15 @@ def _is_backwards(product: Product) -> bool:
 _ROLE_NAMES = {INPUT: "input", OUTPUT: "output", STACK: "stack", WINDOW: "window", REPEATED: "repeated"}
 
 
-def _low_rank(context: Context, product: Product, term: Term, y: jax.Array, *, backwards: bool) -> jax.Array:
-    """The term's part of the product, shaped like y: (x a) b, or (x bᵀ) aᵀ for the transposed weight."""
+def _low_rank(context: Context, product: Product, dtype: Any, backwards: bool, x: jax.Array, term: Term) -> jax.Array:
+    """The term's part of the product, shaped like its result: (x a) b, or (x bᵀ) aᵀ for the transposed weight."""
     first, second = ("b", "a") if backwards else ("a", "b")
-    x = dropped(context, product.equation, term, product.x)
+    x = dropped(context, product.equation, term, x)
     x = lab.split(x, product.x_groups, product.sizes)
     factors = {name: term.arrays[name].astype(x.dtype) for name in (first, second)}
     labels = {name: term.labels[name] for name in factors}
-    x_labels, rows, specs = product.x_labels, product.rows, _specs(product, y)
-    if specs is None and _is_plain(product, labels[first], labels[second]) and platform() == "cpu":
+    x_labels, rows = product.x_labels, product.rows
+    if _is_plain(product, labels[first], labels[second]) and platform() == "cpu":
         summed, free = tuple(sorted(product.contracted)), tuple(sorted(product.free))
         x, x_labels = lab.arrange(x, x_labels, [rows, summed], product.sizes), (rows, summed)
         known = {**product.sizes, **lab.sizes_of(factors[first], labels[first])}
@@ -156,27 +158,21 @@ def _low_rank(context: Context, product: Product, term: Term, y: jax.Array, *, b
             labels[name] = (RANK, axes)
     summed_labels = [label for label in labels[first] if label in x_labels and label not in product.batch]
     precision = product.equation.params["precision"]
-    h, h_labels = lab.contract(
-        x, x_labels, factors[first], labels[first], summed_labels, precision=precision, specs=specs
-    )
+    h, h_labels = lab.contract(x, x_labels, factors[first], labels[first], summed_labels, precision=precision)
     out, out_labels = lab.contract(
-        h, h_labels, factors[second], labels[second], [RANK], precision=precision, out_dtype=y.dtype, specs=specs
+        h, h_labels, factors[second], labels[second], [RANK], precision=precision, out_dtype=dtype
     )
     if out_labels and isinstance(out_labels[0], tuple):
         out, out_labels = lab.split(out, out_labels, product.sizes), tuple(x for group in out_labels for x in group)
-    return _to_y(out, out_labels, product, y)
+    return _to_y(out, out_labels, product)
 
 
 def _is_plain(product: Product, first: Sequence[lab.Label], second: Sequence[lab.Label]) -> bool:
     """Whether the product is a matrix product of two-dimensional views: no batch, stack or repeated axes."""
-    return (
-        not product.batch
-        and set(first) == {RANK, *product.contracted}
-        and set(second) == {RANK, *product.free}
-    )
+    return not product.batch and set(first) == {RANK, *product.contracted} and set(second) == {RANK, *product.free}
 
 
-def _to_y(out: jax.Array, labels: Sequence[lab.Label], product: Product, y: jax.Array) -> jax.Array:
+def _to_y(out: jax.Array, labels: Sequence[lab.Label], product: Product) -> jax.Array:
     present = [label for label in product.y_labels if label in labels]
     out = lab.transpose(out, labels, present)
     if len(present) < len(product.y_labels):
@@ -187,33 +183,7 @@ def _to_y(out: jax.Array, labels: Sequence[lab.Label], product: Product, y: jax.
     return lab.join(out, product.y_groups, product.sizes)
 
 
-def _specs(product: Product, y: jax.Array) -> dict[lab.Label, Any] | None:
-    """With Explicit mesh axes: the mesh axes of each named axis, read off x and the result."""
-    y_sharding, x_sharding = explicit_sharding(y), explicit_sharding(product.x)
-    if y_sharding is None and x_sharding is None:
-        return None
-    specs: dict[lab.Label, Any] = {}
-    for sharding, groups in ((y_sharding, product.y_groups), (x_sharding, product.x_groups)):
-        if sharding is not None:
-            for group, spec in zip(groups, sharding.spec, strict=False):
-                if len(group) == 1 and (groups is product.y_groups or group[0] in product.rows):
-                    specs[group[0]] = spec
-    return specs
-
-
-def _add(y: jax.Array, change: jax.Array) -> jax.Array:
-    return y + _like(change, y)
-
-
-def _like(change: jax.Array, y: jax.Array) -> jax.Array:
-    change = change.astype(y.dtype)
-    sharding = explicit_sharding(y)
-    if sharding is None or explicit_sharding(change) == sharding:
-        return change
-    return reshard(change, PartitionSpec(*sharding.spec))
-
-
-def _general(context: Context, product: Product, weight: AdaptedWeight, *, backwards: bool) -> jax.Array:
+def _general(context: Context, product: Product, backwards: bool, x: jax.Array, weight: AdaptedWeight) -> jax.Array:
     """All terms through the methods' own `forward`, on canonical x and W, mapped over stack axes."""
     axes = weight.flat_axes
     mapped = (*product.batch, *(axis for axis in product.free if axis.role in (STACK, REPEATED)))
@@ -223,7 +193,7 @@ def _general(context: Context, product: Product, weight: AdaptedWeight, *, backw
     x_mapped = [axis for axis in mapped if axis in product.x_labels]
     summed, made = (outputs, inputs) if backwards else (inputs, outputs)
     x_order = [*((axis,) for axis in x_mapped), *((row,) for row in product.rows), summed]
-    x = lab.arrange(lab.split(product.x, product.x_groups, product.sizes), product.x_labels, x_order, product.sizes)
+    x = lab.arrange(lab.split(x, product.x_groups, product.sizes), product.x_labels, x_order, product.sizes)
     w_order = [*((axis,) for axis in mapped), inputs, outputs]
     w = lab.arrange(lab.split(weight.base, weight.axes, product.sizes), axes, w_order, product.sizes)
     params = product.equation.params
@@ -249,7 +219,7 @@ def _general(context: Context, product: Product, weight: AdaptedWeight, *, backw
     y = _mapped(one, weight.terms, mapped, x_mapped)(x, w)
     y_order = [*((axis,) for axis in mapped), *((row,) for row in product.rows), made]
     labels = [label for group in y_order for label in group]
-    return _to_y(lab.split(y, y_order, product.sizes), labels, product, y)
+    return _to_y(lab.split(y, y_order, product.sizes), labels, product)
 
 
 def _mapped(one: Any, terms: Sequence[Term], mapped: Sequence[Axis], x_mapped: Sequence[Axis]) -> Any:
@@ -304,28 +274,34 @@ def conv_general_dilated(context: Context, equation: Equation, inputs: list[Any]
         raise Unsupported("the layout of the weight is not that of this convolution")
     if not all(term.low_rank for term in weight.terms):
         raise Unsupported("a method without factors")
-    feature = numbers.out_spec[1]
     for term in weight.terms:
-        context.record.use(weight, LOW_RANK, equation, only=term)
-        kernel_order = (RANK, weight.axes[in_axis][0], *(weight.axes[axis][0] for axis in window))
-        a = lab.transpose(term.arrays["a"], term.labels["a"], kernel_order)
-        spec = (0, 1, *range(2, a.ndim))
-        h = lax.conv_general_dilated(
-            dropped(context, equation, term, x),
-            a.astype(x.dtype),
-            window_strides=params["window_strides"],
-            padding=params["padding"],
-            lhs_dilation=params["lhs_dilation"],
-            rhs_dilation=params["rhs_dilation"],
-            dimension_numbers=lax.ConvDimensionNumbers(numbers.lhs_spec, spec, numbers.out_spec),
-            precision=params["precision"],
-        )
-        out, labels = lab.contract(
-            h, tuple(RANK if i == feature else f"x{i}" for i in range(h.ndim)), term.arrays["b"].astype(h.dtype),
-            term.labels["b"], [RANK], out_dtype=base.dtype,
-        )
-        base = _add(base, jnp.moveaxis(out, len(labels) - 1, feature))
+        context.use(weight, LOW_RANK, equation, only=term)
+        kernel = (RANK, weight.axes[in_axis][0], *(weight.axes[axis][0] for axis in window))
+        change = unsharded(functools.partial(_convolved, context, equation, kernel, base.dtype), base)
+        base = base + change(x, term)
     return [base]
+
+
+def _convolved(
+    context: Context, equation: Equation, kernel: tuple[lab.Label, ...], dtype: Any, x: jax.Array, term: Term
+) -> jax.Array:
+    """The same convolution with the first factor as its kernel, then a product of features with the second."""
+    params, numbers = equation.params, equation.params["dimension_numbers"]
+    feature = numbers.out_spec[1]
+    h = lax.conv_general_dilated(
+        dropped(context, equation, term, x),
+        lab.transpose(term.arrays["a"], term.labels["a"], kernel).astype(x.dtype),
+        window_strides=params["window_strides"],
+        padding=params["padding"],
+        lhs_dilation=params["lhs_dilation"],
+        rhs_dilation=params["rhs_dilation"],
+        dimension_numbers=lax.ConvDimensionNumbers(numbers.lhs_spec, tuple(range(len(kernel))), numbers.out_spec),
+        precision=params["precision"],
+    )
+    names = tuple(RANK if axis == feature else f"x{axis}" for axis in range(h.ndim))
+    b = term.arrays["b"].astype(h.dtype)
+    out, labels = lab.contract(h, names, b, term.labels["b"], [RANK], out_dtype=dtype)
+    return jnp.moveaxis(out, len(labels) - 1, feature)
 
 
 def gather(context: Context, equation: Equation, inputs: list[Any], needed: list[bool]) -> list[Any]:
@@ -334,12 +310,13 @@ def gather(context: Context, equation: Equation, inputs: list[Any], needed: list
         raise Unsupported("the weight is not the operand")
     position, ids = _looked_up(equation, weight, ids)
     row = weight.single(position, "gather of axes that were reshaped together")
-    for axis in weight.flat_axes:
-        context.record.role(weight, axis, VOCABULARY if axis == row else OUTPUT)
     base = run_equation(equation, [weight.base, inputs[1]])[0]
-    if not weight.terms:
+    if not weight.terms and len(weight.axes) == 2:
+        for axis in weight.flat_axes:
+            context.record.role(weight, axis, VOCABULARY if axis == row else OUTPUT, lookup=True)
         return [base]
-    if row.role == STACK:
+    context.record.role(weight, row, STACK)
+    if row.role in (STACK, UNKNOWN):
         return [_picked(weight, row, position, base, ids, equation)]
     outputs = [axis for axis in weight.flat_axes if axis != row]
     if row.role != INPUT or any(axis.role != OUTPUT for axis in outputs):
@@ -347,17 +324,28 @@ def gather(context: Context, equation: Equation, inputs: list[Any], needed: list
     if not all(term.low_rank for term in weight.terms):
         raise Unsupported("a method without factors")
     for term in weight.terms:
-        context.record.use(weight, LOOKUP, equation, only=term)
-        a = lab.transpose(term.arrays["a"], term.labels["a"], (row, RANK))
-        h = _rows(a, ids, equation)
-        names = (*(f"x{index}" for index in range(h.ndim - 1)), RANK)
-        out, labels = lab.contract(
-            h, names, term.arrays["b"].astype(h.dtype), term.labels["b"], [RANK], out_dtype=base.dtype
-        )
-        groups = _gathered(equation, weight, position, base.ndim, names[:-1])
-        known = {**sizes(weight.flat_axes), **lab.sizes_of(h, names)}
-        base = _add(base, lab.arrange(out, labels, groups, known))
+        context.use(weight, LOOKUP, equation, only=term)
+        change = unsharded(functools.partial(_lookup, equation, weight.axes, position, row, base.shape), base)
+        base = base + change(ids, term).astype(base.dtype)
     return [base]
+
+
+def _lookup(
+    equation: Equation,
+    axes: tuple[tuple[Axis, ...], ...],
+    position: int,
+    row: Axis,
+    shape: tuple[int, ...],
+    ids: jax.Array,
+    term: Term,
+) -> jax.Array:
+    """The rows of the first factor, times the second."""
+    h = _rows(lab.transpose(term.arrays["a"], term.labels["a"], (row, RANK)), ids, equation)
+    names = (*(f"x{index}" for index in range(h.ndim - 1)), RANK)
+    out, labels = lab.contract(h, names, term.arrays["b"].astype(h.dtype), term.labels["b"], [RANK])
+    groups = _gathered(equation, axes, position, len(shape), names[:-1])
+    known = {**sizes(axis for group in axes for axis in group), **lab.sizes_of(h, names)}
+    return lab.arrange(out, labels, groups, known)
 
 
 def _looked_up(equation: Equation, weight: AdaptedWeight, ids: jax.Array) -> tuple[int, jax.Array]:
@@ -375,23 +363,19 @@ def _looked_up(equation: Equation, weight: AdaptedWeight, ids: jax.Array) -> tup
 
 
 def _gathered(
-    equation: Equation, weight: AdaptedWeight, position: int, ndim: int, batch: Sequence[lab.Label]
+    equation: Equation, axes: Sequence[lab.Group], position: int, ndim: int, batch: Sequence[lab.Label]
 ) -> list[lab.Group]:
     """The axes of a lookup's result: the rows' own, and those of the ids."""
     numbers, names = equation.params["dimension_numbers"], iter(batch)
     kept = iter(
-        () if axis == position else group
-        for axis, group in enumerate(weight.axes)
-        if axis not in numbers.collapsed_slice_dims
+        () if axis == position else group for axis, group in enumerate(axes) if axis not in numbers.collapsed_slice_dims
     )
     return [next(kept) if axis in numbers.offset_dims else (next(names),) for axis in range(ndim)]
 
 
 def _rows(table: jax.Array, ids: jax.Array, equation: Equation) -> jax.Array:
     """The same lookup in a table (rows, features): (..., features); where the base has filled, nothing is added."""
-    numbers = lax.GatherDimensionNumbers(
-        offset_dims=(ids.ndim - 1,), collapsed_slice_dims=(0,), start_index_map=(0,)
-    )
+    numbers = lax.GatherDimensionNumbers(offset_dims=(ids.ndim - 1,), collapsed_slice_dims=(0,), start_index_map=(0,))
     return lax.gather(table, ids, numbers, (1, table.shape[1]), mode=equation.params["mode"], fill_value=0)
 
 
@@ -407,7 +391,7 @@ def _picked(
         rows = _rows(moved.reshape(moved.shape[0], -1), ids, equation).reshape(*batch, *moved.shape[1:])
         return jnp.moveaxis(rows, range(len(batch)), range(at, at + len(batch)))
 
-    axes = _gathered(equation, weight, position, base.ndim, new)
+    axes = _gathered(equation, weight.axes, position, base.ndim, new)
     return weight.with_base(base, axes).map_terms(lambda term: term.map_axis(row, pick, *new))
 
 
@@ -437,19 +421,20 @@ def ragged_dot_general(context: Context, equation: Equation, inputs: list[Any], 
     stack = weight.axes[groups[0]]
     contract_with = lax.RaggedDotDimensionNumbers((dims[0], batch), numbers.lhs_ragged_dimensions, groups)
     for term in weight.terms:
-        context.record.use(weight, LOW_RANK, equation, only=term)
+        context.use(weight, LOW_RANK, equation, only=term)
         known = {**sizes(weight.flat_axes), **lab.sizes_of(term.arrays["a"], term.labels["a"])}
         orders = {"a": [stack, weight.axes[summed[0]], (RANK,)], "b": [stack, (RANK,), weight.axes[free]]}
         a, b = (lab.arrange(term.arrays[n].astype(x.dtype), term.labels[n], orders[n], known) for n in "ab")
         a_order = sorted(range(3), key=lambda i: (groups[0], summed[0], free)[i])
         h = lax.ragged_dot_general(
-            dropped(context, equation, term, x), lax.transpose(a, a_order), group_sizes, contract_with,
+            dropped(context, equation, term, x),
+            lax.transpose(a, a_order),
+            group_sizes,
+            contract_with,
             precision=params["precision"],
         )
-        out = lax.ragged_dot(
-            h, b, group_sizes, precision=params["precision"], preferred_element_type=base.dtype
-        )
-        base = _add(base, out)
+        out = lax.ragged_dot(h, b, group_sizes, precision=params["precision"], preferred_element_type=base.dtype)
+        base = base + out.astype(base.dtype)
     return [base]
 
 

@@ -8,7 +8,7 @@ from jax import lax
 
 from .._config import FrozenMapping
 from .._contract import EMBEDDING, INPUT, STACK
-from ._jaxpr import Equation, make_varying, run_equation
+from ._jaxpr import Equation, beside, make_varying, run_equation
 from ._record import LOOKUP
 from ._walk import Context, Rule
 from ._weight import (
@@ -41,30 +41,28 @@ def same(context: Context, equation: Equation, inputs: list[Any], needed: list[b
     return [weight.with_base(_run(equation, weight, inputs))]
 
 
+def resharded(context: Context, equation: Equation, inputs: list[Any], needed: list[bool]) -> list[Any]:
+    """The base is sharded anew; the arrays of the terms move only if the types of the mesh's axes change."""
+    (weight,) = same(context, equation, inputs, needed)
+    return [weight.map_terms(lambda term: jax.tree.map(lambda array: beside(array, weight.base), term))]
+
+
 def convert(context: Context, equation: Equation, inputs: list[Any], needed: list[bool]) -> list[Any]:
-    weight = _weight_of(inputs)
     if not jnp.issubdtype(equation.params["new_dtype"], jnp.floating):
         raise Unsupported("cast to a type that is not floating")
     return same(context, equation, inputs, needed)
 
 
-def everywhere(context: Context, equation: Equation, inputs: list[Any], needed: list[bool]) -> list[Any]:
-    """Barriers and stopped gradients: they hold for the base and for every array of the terms."""
-
-    def apply(array: jax.Array) -> jax.Array:
-        return _OF_ONE_ARRAY[equation.primitive.name](array, equation)
-
-    outputs = []
-    for value in inputs:
-        outputs.append(jax.tree.map(apply, value) if is_adapted(value) else apply(value))
-    return outputs
+def stop_gradient(context: Context, equation: Equation, inputs: list[Any], needed: list[bool]) -> list[Any]:
+    return [jax.tree.map(lax.stop_gradient, inputs[0])]
 
 
-_OF_ONE_ARRAY = {
-    "stop_gradient": lambda array, equation: lax.stop_gradient(array),
-    "optimization_barrier": lambda array, equation: lax.optimization_barrier(array),
-    "pvary": lambda array, equation: make_varying(array, equation.params["axes"]),
-}
+def optimization_barrier(context: Context, equation: Equation, inputs: list[Any], needed: list[bool]) -> list[Any]:
+    return list(lax.optimization_barrier(tuple(inputs)))
+
+
+def pvary(context: Context, equation: Equation, inputs: list[Any], needed: list[bool]) -> list[Any]:
+    return jax.tree.map(lambda array: make_varying(array, equation.params["axes"]), inputs)
 
 
 def transpose(context: Context, equation: Equation, inputs: list[Any], needed: list[bool]) -> list[Any]:
@@ -87,9 +85,7 @@ def expand_dims(context: Context, equation: Equation, inputs: list[Any], needed:
     old = iter(weight.axes)
     ndim = len(weight.axes) + len(new)
     return [
-        weight.with_base(
-            _run(equation, weight, inputs), (() if index in new else next(old) for index in range(ndim))
-        )
+        weight.with_base(_run(equation, weight, inputs), (() if index in new else next(old) for index in range(ndim)))
     ]
 
 
@@ -184,7 +180,7 @@ def dynamic_slice(context: Context, equation: Equation, inputs: list[Any], neede
         weight = narrow(weight, axis, size, _dynamic_cut(start, size))
     weight = weight.with_base(base)
     if _is_row(weight):
-        context.record.use(weight, LOOKUP, equation)
+        context.use(weight, LOOKUP, equation)
         return [materialize(weight)]
     return [weight]
 
@@ -278,10 +274,13 @@ def _stacked_term(terms: list[Term], axis: Axis) -> Term:
 
 
 VIEWS: dict[str, Rule] = {
-    **dict.fromkeys(("copy", "copy_p", "device_put", "sharding_constraint", "mesh_cast", "reshard"), same),
+    **dict.fromkeys(("copy", "copy_p", "device_put", "sharding_constraint"), same),
+    **dict.fromkeys(("mesh_cast", "reshard"), resharded),
     "reduce_precision": same,
     "convert_element_type": convert,
-    **dict.fromkeys(("stop_gradient", "optimization_barrier", "pvary"), everywhere),
+    "stop_gradient": stop_gradient,
+    "optimization_barrier": optimization_barrier,
+    "pvary": pvary,
     "transpose": transpose,
     "squeeze": squeeze,
     "expand_dims": expand_dims,
@@ -294,4 +293,3 @@ VIEWS: dict[str, Rule] = {
     "stack": stack,
     "concatenate": concatenate,
 }
-

@@ -21,17 +21,34 @@ from ._jaxpr import (
     scope_of,
 )
 from ._record import REPLACED, Record, primitive_name
-from ._weight import FULL_COPY, Unsupported, is_adapted, materialize
+from ._weight import FULL_COPY, AdaptedWeight, Term, Unsupported, is_adapted, materialize
 
 Rule = Callable[["Context", Equation, list[Any], list[bool]], list[Any]]
 
 
 @dataclasses.dataclass(frozen=True)
 class Context:
-    """What every rule may need: the table of rules, and the record of this trace."""
+    """What every rule may need: the table of rules, the record of this trace, and where in the program it is.
+
+    calls: the equations whose bodies are being walked, outermost first. spread: mesh axes along which arrays may
+    differ from device to device where JAX does not keep track of it.
+    """
 
     rules: dict[str, Rule]
     record: Record
+    calls: tuple[int, ...] = ()
+    spread: tuple[str, ...] = ()
+
+    def inside(self, equation: Equation) -> "Context":
+        return dataclasses.replace(self, calls=(*self.calls, id(equation)))
+
+    def use(self, weight: AdaptedWeight, how: str, equation: Equation | None, *, only: Term | None = None) -> None:
+        """Note how an equation uses a weight, or one term of it."""
+        self.record.use(weight, how, (*self.calls, id(equation)), primitive_name(equation), only)
+
+    def dropout_index(self, term: Term, equation: Equation) -> int:
+        """Which use of a module this is; the same however often its body is traced."""
+        return self.record.dropout_index(term, (*self.calls, id(equation)))
 
 
 def walk(context: Context, jaxpr: Jaxpr, args: Sequence[Any], needed: Sequence[bool] | None = None) -> list[Any]:
@@ -96,7 +113,7 @@ def _apply(context: Context, equation: Equation, inputs: list[Any], wanted: list
     if rule is not None:
         try:
             with scope_of(equation):
-                return rule(context, equation, inputs, wanted)
+                return rule(context.inside(equation), equation, inputs, wanted)
         except Unsupported as unsupported:
             reason = str(unsupported)
     with scope_of(equation):
@@ -109,5 +126,5 @@ def plain(context: Context, equation: Equation | None, value: Any, reason: str) 
         return value
     copied = value.terms and all(term.method is FULL_COPY for term in value.terms)
     how = REPLACED if copied else f"merged: {primitive_name(equation)} ({reason})"
-    context.record.use(value, how, equation)
+    context.use(value, how, equation)
     return materialize(value)

@@ -14,6 +14,7 @@ from jax import lax
 from .._config import FrozenMapping, PeftConfig
 from .._contract import EMBEDDING, INPUT, OUTPUT, STACK, WINDOW, Method, Site, wide_dtype
 from . import _labels as lab
+from ._jaxpr import unsharded
 
 REPEATED, UNKNOWN = "n", "?"
 
@@ -153,6 +154,10 @@ def materialize(weight: AdaptedWeight) -> jax.Array:
     """The merged weight, in the dtype and the view of the base; computed in float32 at least."""
     if not weight.terms:
         return weight.base
+    return unsharded(_merged, weight.base)(weight)
+
+
+def _merged(weight: AdaptedWeight) -> jax.Array:
     flat = weight.flat_axes
     stack = tuple(sorted(axis for axis in flat if axis.role in (STACK, REPEATED)))
     inputs, window, outputs = (of_role(flat, role) for role in (INPUT, WINDOW, OUTPUT))
