@@ -16,8 +16,8 @@ quickstart: .venv/installed
 	$(BIN)/python examples/01_quickstart.py $(ARGS)
 
 test: .venv/installed
-	$(BIN)/python -m pytest $(ARGS)
-	$(BIN)/python -m pytest --doctest-modules jpeft interop/jpeft_interop
+	$(BIN)/python -m pytest --numprocesses auto $(ARGS)
+	$(BIN)/python -m pytest --numprocesses auto --doctest-modules jpeft interop/jpeft_interop
 
 lint: .venv/installed
 	$(BIN)/ruff check .

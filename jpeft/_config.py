@@ -23,17 +23,17 @@ class PeftType(enum.StrEnum):
     LORA = "LORA"
 
 
-class FrozenMapping(Mapping[str, Any]):
+class FrozenMapping(Mapping[Any, Any]):
     """An ordered, hashable mapping, so that a config with patterns can be static under `jit`."""
 
-    def __init__(self, entries: Mapping[str, Any] = {}):
+    def __init__(self, entries: Mapping[Any, Any] = {}):
         self._items = tuple((key, freeze(value)) for key, value in entries.items())
         self._entries = dict(self._items)
 
-    def __getitem__(self, key: str) -> Any:
+    def __getitem__(self, key: Any) -> Any:
         return self._entries[key]
 
-    def __iter__(self) -> Iterator[str]:
+    def __iter__(self) -> Iterator[Any]:
         return iter(self._entries)
 
     def __len__(self) -> int:

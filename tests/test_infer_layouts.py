@@ -59,7 +59,9 @@ def test_layouts_are_read_off_the_function(function, shape, x, layout):
 def test_shapes_are_enough():
     params = {"d": {"kernel": jax.ShapeDtypeStruct((4, 2, 3), jnp.bfloat16)}}
     x = jax.ShapeDtypeStruct((2, 4), jnp.bfloat16)
-    found = jpeft.infer_layouts(lambda p, x, scale: jnp.einsum("td,dnh->tnh", x, p["d"]["kernel"]), params, x, scale=2.0)
+    found = jpeft.infer_layouts(
+        lambda p, x, scale: jnp.einsum("td,dnh->tnh", x, p["d"]["kernel"]), params, x, scale=2.0
+    )
     assert found == {"d.kernel": "ioo"}
 
 
@@ -73,7 +75,9 @@ def test_leaves_that_the_function_does_not_tell_are_left_out():
     }
 
     def function(p, x):
-        return (x + p["added"]["kernel"]) * p["norm"]["scale"] @ p["used"]["kernel"] + p["ids"]["kernel"].sum().astype(x.dtype)
+        return (x + p["added"]["kernel"]) * p["norm"]["scale"] @ p["used"]["kernel"] + p["ids"]["kernel"].sum().astype(
+            x.dtype
+        )
 
     assert jpeft.infer_layouts(function, params, X) == {"used.kernel": "io"}
 

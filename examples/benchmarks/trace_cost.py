@@ -63,7 +63,9 @@ def median_time(function, *args):
 
 def main(layers):
     shapes = {"embed": {"embedding": (VOCABULARY, WIDTH)}, "layers": [layer_shapes() for _ in range(layers)]}
-    params = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s, jnp.float32), shapes, is_leaf=lambda s: isinstance(s, tuple))
+    params = jax.tree.map(
+        lambda s: jax.ShapeDtypeStruct(s, jnp.float32), shapes, is_leaf=lambda s: isinstance(s, tuple)
+    )
     ids = jax.ShapeDtypeStruct((2, TOKENS), jnp.int32)
     wrapped = jpeft.wrap(params, jpeft.LoraConfig(r=8, target_modules=["q", "k", "v", "o", "gate", "up", "down"]))
     lifted = jpeft.lift(apply)

@@ -152,7 +152,7 @@ def _like_carry(outputs: list[Any], state: Sequence[Any]) -> list[Any]:
 
 
 def _is_number(value: Any) -> bool:
-    return not jax.dtypes.issubdtype(value.dtype, jax.dtypes.extended)
+    return not jnp.issubdtype(value.dtype, jax.dtypes.extended)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -111,17 +111,16 @@ def replaced_leaves(wrapped: PeftParams) -> dict[str, Any]:
         adapter = wrapped.adapters[name]
         replaced.update({k: v for k, v in adapter.replaced.items() if not _is_saved_table(k, v, adapter)})
     changed = [
-        (adapter, method, path, site)
+        (adapter, method, path, site, site.bias)
         for adapter in (wrapped.adapters[name] for name in wrapped.active)
         for method in [method_of(adapter.config)]
         for path, site in adapter.sites.items()
         if method.changes_bias and site.bias is not None
     ]
     leaves = leaves_by_path(wrapped.base) if changed else {}
-    for adapter, method, path, site in changed:
+    for adapter, method, path, site, leaf in changed:
         own = {**adapter.weights[path], "scaling": adapter.scaling[path]}
-        bias = replaced.get(site.bias, leaves[site.bias])
-        replaced[site.bias] = merged_bias(method, own, bias, site)
+        replaced[leaf] = merged_bias(method, own, replaced.get(leaf, leaves[leaf]), site)
     return replaced
 
 

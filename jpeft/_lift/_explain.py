@@ -18,7 +18,9 @@ class Explanation:
     """A table of uses; `str` of it is what people read.
 
     uses: one `Use(module, adapter, how, primitive)` a row. `how` is "low-rank", "lookup", "transformed" (the
-    method's own formula), "merged: <primitive> (<reason>)" or "unused".
+    method's own formula), "replaced" (a table that trains in full), "merged: <primitive> (<reason>)" or "unused".
+    It speaks of the forward pass. The backward pass is of the same kind, except inside a function with a custom
+    derivative: the rule is kept, and it gives (or takes) the derivative by the whole weight.
     """
 
     uses: tuple[Use, ...]
@@ -49,7 +51,7 @@ def explain(function: Callable[..., Any], wrapped: PeftParams, *args: Any, **kwa
     >>> wrapped = jpeft.wrap(params, jpeft.LoraConfig(r=2, target_modules=["dense"]), rng=jax.random.key(0))
     >>> print(jpeft.explain(lambda p, x: x @ p["dense"]["kernel"], wrapped, jnp.ones((2, 4))))
     module  adapter  computed as  by
-    ------------------------------------------
+    -----------------------------------------
     dense   default  low-rank     dot_general
     """
     if not is_peft_params(wrapped):

@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import jax.api_util
+import jax.core
 import jax.extend.core as jex
 import numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
@@ -122,7 +123,7 @@ def is_number(value: Any) -> bool:
 
 
 def is_floating(aval: Any) -> bool:
-    return jax.dtypes.issubdtype(aval.dtype, np.inexact)
+    return jax.numpy.issubdtype(aval.dtype, np.inexact)
 
 
 def platform() -> str:

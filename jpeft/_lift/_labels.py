@@ -4,13 +4,13 @@ A label is any hashable value. A group is a tuple of labels that share one axis,
 """
 
 import math
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 from jax import lax
 
-Label = Hashable
+Label = Any  # hashable
 Group = tuple[Label, ...]
 
 

@@ -9,6 +9,7 @@ import jax
 
 from .._params import PeftParams, is_peft_params
 from .._paths import leaf_path
+from ._consumers import CONSUMERS
 from ._control import CONTROL
 from ._custom import CUSTOM
 from ._entry import adapted_modules, replaced_leaves, terms_by_leaf
@@ -19,7 +20,7 @@ from ._views import VIEWS
 from ._walk import Context, plain, walk
 from ._weight import AdaptedWeight, weight_axes
 
-RULES = {**VIEWS, **PRODUCTS, **CONTROL, **CUSTOM}
+RULES = {**VIEWS, **PRODUCTS, **CONSUMERS, **CONTROL, **CUSTOM}
 
 
 def lift(function: Callable[..., Any]) -> Callable[..., Any]:

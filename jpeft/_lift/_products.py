@@ -1,4 +1,4 @@
-"""Rules for the operations that consume a weight: products, convolutions, lookups, grouped products.
+"""The rule for products with a weight.
 
 The base product runs as traced. A low-rank term is two thin products beside it, `(x a) b`, left to JAX to
 differentiate: on CPU their operands are made two-dimensional, which autodiff then keeps (measured: as fast as a
@@ -14,16 +14,16 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from .._contract import EMBEDDING, INPUT, OUTPUT, STACK, VOCABULARY, WINDOW, Base
+from .._config import FrozenMapping
+from .._contract import EMBEDDING, INPUT, OUTPUT, STACK, Base
 from . import _labels as lab
 from ._dropout import dropped
 from ._jaxpr import Equation, make_varying, platform, run_equation, unsharded, varying_axes
-from ._record import LOOKUP, LOW_RANK, TRANSFORMED
+from ._record import LOW_RANK, TRANSFORMED
 from ._walk import Context, Rule
 from ._weight import (
     RANK,
     REPEATED,
-    UNKNOWN,
     AdaptedWeight,
     Axis,
     Term,
@@ -31,22 +31,21 @@ from ._weight import (
     is_adapted,
     of_role,
     over_stack,
+    role_name,
     sizes,
 )
 
 
 @dataclasses.dataclass(frozen=True)
 class Product:
-    """A dot_general of x with a weight, all axes named. x, y: arrays with one axis a group of labels."""
+    """The axes of a dot_general of x with a weight, all named: an axis of x, and of the result y, a group of labels."""
 
-    equation: Equation
-    x: jax.Array
     x_groups: tuple[lab.Group, ...]
     y_groups: tuple[lab.Group, ...]
     batch: tuple[Axis, ...]
     contracted: tuple[Axis, ...]
     free: tuple[Axis, ...]
-    sizes: dict[lab.Label, int]
+    sizes: FrozenMapping
 
     @property
     def x_labels(self) -> tuple[lab.Label, ...]:
@@ -63,10 +62,10 @@ class Product:
 
 
 def dot_general(context: Context, equation: Equation, inputs: list[Any], needed: list[bool]) -> list[Any]:
-    weight, product = _named(equation, *_sides(inputs))
+    x, weight, weight_left = _sides(inputs)
+    product = _named(equation, x, weight, weight_left)
     _learn_roles(context, weight, product)
-    x_first = not is_adapted(inputs[0])
-    base = run_equation(equation, [product.x, weight.base] if x_first else [weight.base, product.x])[0]
+    base = run_equation(equation, [weight.base, x] if weight_left else [x, weight.base])[0]
     if not weight.terms:
         return [base]
     backwards = _is_backwards(product)
@@ -76,10 +75,10 @@ def dot_general(context: Context, equation: Equation, inputs: list[Any], needed:
     if all(term.low_rank for term in weight.terms):
         for term in weight.terms:
             context.use(weight, LOW_RANK, equation, only=term)
-            change = unsharded(functools.partial(_low_rank, context, product, base.dtype, backwards), base)
-            base = base + change(product.x, term)
+            change = functools.partial(_low_rank, context, equation, product, base.dtype, backwards)
+            base = base + unsharded(change, base)(x, term)
         return [base]
-    y = unsharded(functools.partial(_general, context, product, backwards), base)(product.x, weight)
+    y = unsharded(functools.partial(_general, context, equation, product, backwards), base)(x, weight)
     context.use(weight, TRANSFORMED, equation)
     return [y.astype(base.dtype)]
 
@@ -92,7 +91,7 @@ def _sides(inputs: list[Any]) -> tuple[Any, AdaptedWeight, bool]:
     return (right, left, True) if is_adapted(left) else (left, right, False)
 
 
-def _named(equation: Equation, x: Any, weight: AdaptedWeight, weight_left: bool) -> tuple[AdaptedWeight, Product]:
+def _named(equation: Equation, x: Any, weight: AdaptedWeight, weight_left: bool) -> Product:
     (left, right), (left_batch, right_batch) = equation.params["dimension_numbers"]
     w_sum, x_sum, w_batch, x_batch = (
         (left, right, left_batch, right_batch) if weight_left else (right, left, right_batch, left_batch)
@@ -108,17 +107,14 @@ def _named(equation: Equation, x: Any, weight: AdaptedWeight, weight_left: bool)
     y_groups = (*batch_groups, *free_groups, *x_free) if weight_left else (*batch_groups, *x_free, *free_groups)
     known = sizes(weight.flat_axes)
     known.update({f"x{index}": size for index, size in enumerate(x.shape)})  # type: ignore[dict-item]
-    product = Product(
-        equation=equation,
-        x=x,
+    return Product(
         x_groups=tuple(x_groups),
         y_groups=tuple(y_groups),
         batch=tuple(axis for group in batch_groups for axis in group),
         contracted=tuple(axis for index in w_sum for axis in weight.axes[index]),
         free=tuple(axis for group in free_groups for axis in group),
-        sizes=known,
+        sizes=FrozenMapping(known),
     )
-    return weight, product
 
 
 def _learn_roles(context: Context, weight: AdaptedWeight, product: Product) -> None:
@@ -135,35 +131,47 @@ def _is_backwards(product: Product) -> bool:
         return False
     if summed <= {OUTPUT} and free <= {INPUT}:
         return True
-    raise Unsupported("contracts " + " and ".join(_ROLE_NAMES.get(role, role) for role in sorted(summed)) + " axes")
+    raise Unsupported("contracts " + " and ".join(map(role_name, sorted(summed))) + " axes")
 
 
-_ROLE_NAMES = {INPUT: "input", OUTPUT: "output", STACK: "stack", WINDOW: "window", REPEATED: "repeated"}
-
-
-def _low_rank(context: Context, product: Product, dtype: Any, backwards: bool, x: jax.Array, term: Term) -> jax.Array:
+def _low_rank(
+    context: Context, equation: Equation, product: Product, dtype: Any, backwards: bool, x: jax.Array, term: Term
+) -> jax.Array:
     """The term's part of the product, shaped like its result: (x a) b, or (x bᵀ) aᵀ for the transposed weight."""
     first, second = ("b", "a") if backwards else ("a", "b")
-    x = dropped(context, product.equation, term, x)
-    x = lab.split(x, product.x_groups, product.sizes)
-    factors = {name: term.arrays[name].astype(x.dtype) for name in (first, second)}
-    labels = {name: term.labels[name] for name in factors}
-    x_labels, rows = product.x_labels, product.rows
-    if _is_plain(product, labels[first], labels[second]) and platform() == "cpu":
-        summed, free = tuple(sorted(product.contracted)), tuple(sorted(product.free))
-        x, x_labels = lab.arrange(x, x_labels, [rows, summed], product.sizes), (rows, summed)
-        known = {**product.sizes, **lab.sizes_of(factors[first], labels[first])}
-        for name, axes in ((first, summed), (second, free)):
-            factors[name] = lab.arrange(factors[name], labels[name], [(RANK,), axes], known)
-            labels[name] = (RANK, axes)
-    summed_labels = [label for label in labels[first] if label in x_labels and label not in product.batch]
-    precision = product.equation.params["precision"]
-    h, h_labels = lab.contract(x, x_labels, factors[first], labels[first], summed_labels, precision=precision)
-    out, out_labels = lab.contract(
-        h, h_labels, factors[second], labels[second], [RANK], precision=precision, out_dtype=dtype
-    )
-    if out_labels and isinstance(out_labels[0], tuple):
-        out, out_labels = lab.split(out, out_labels, product.sizes), tuple(x for group in out_labels for x in group)
+    x = dropped(context, equation, term, x)
+    factors = [term.arrays[name].astype(x.dtype) for name in (first, second)]
+    labels = (term.labels[first], term.labels[second])
+    flat = _is_plain(product, *labels) and platform() == "cpu"
+    return _two_products(x, *factors, product, labels, flat, equation.params["precision"], dtype)
+
+
+# Under jit for the sake of tracing: what JAX does to differentiate it, it does once for all layers of one form.
+@functools.partial(jax.jit, static_argnums=(3, 4, 5, 6, 7), inline=True)
+def _two_products(
+    x: jax.Array,
+    first: jax.Array,
+    second: jax.Array,
+    product: Product,
+    labels: tuple[tuple[lab.Label, ...], tuple[lab.Label, ...]],
+    flat: bool,
+    precision: Any,
+    dtype: Any,
+) -> jax.Array:
+    """x times both factors. flat: all operands are made two-dimensional."""
+    (first_labels, second_labels), x_labels, known = labels, product.x_labels, product.sizes
+    x = lab.split(x, product.x_groups, known)
+    if flat:
+        rows, summed, free = product.rows, tuple(sorted(product.contracted)), tuple(sorted(product.free))
+        x, x_labels = lab.arrange(x, x_labels, [rows, summed], known), (rows, summed)
+        ranks = {**known, RANK: first.shape[first_labels.index(RANK)]}
+        first, first_labels = lab.arrange(first, first_labels, [(RANK,), summed], ranks), (RANK, summed)
+        second, second_labels = lab.arrange(second, second_labels, [(RANK,), free], ranks), (RANK, free)
+    summed_labels = [label for label in first_labels if label in x_labels and label not in product.batch]
+    h, h_labels = lab.contract(x, x_labels, first, first_labels, summed_labels, precision=precision)
+    out, out_labels = lab.contract(h, h_labels, second, second_labels, [RANK], precision=precision, out_dtype=dtype)
+    if flat:
+        out, out_labels = lab.split(out, out_labels, known), tuple(label for group in out_labels for label in group)
     return _to_y(out, out_labels, product)
 
 
@@ -183,7 +191,9 @@ def _to_y(out: jax.Array, labels: Sequence[lab.Label], product: Product) -> jax.
     return lab.join(out, product.y_groups, product.sizes)
 
 
-def _general(context: Context, product: Product, backwards: bool, x: jax.Array, weight: AdaptedWeight) -> jax.Array:
+def _general(
+    context: Context, equation: Equation, product: Product, backwards: bool, x: jax.Array, weight: AdaptedWeight
+) -> jax.Array:
     """All terms through the methods' own `forward`, on canonical x and W, mapped over stack axes."""
     axes = weight.flat_axes
     mapped = (*product.batch, *(axis for axis in product.free if axis.role in (STACK, REPEATED)))
@@ -196,7 +206,7 @@ def _general(context: Context, product: Product, backwards: bool, x: jax.Array, 
     x = lab.arrange(lab.split(x, product.x_groups, product.sizes), product.x_labels, x_order, product.sizes)
     w_order = [*((axis,) for axis in mapped), inputs, outputs]
     w = lab.arrange(lab.split(weight.base, weight.axes, product.sizes), axes, w_order, product.sizes)
-    params = product.equation.params
+    params = equation.params
     numbers = {"precision": params["precision"], "preferred_element_type": params["preferred_element_type"]}
 
     def apply(x: jax.Array, kernel: jax.Array) -> jax.Array:
@@ -205,7 +215,7 @@ def _general(context: Context, product: Product, backwards: bool, x: jax.Array, 
     def forwards(x: jax.Array, w: jax.Array, arrays: list[dict[str, jax.Array]]) -> jax.Array:
         call = lambda x: apply(x, w)  # noqa: E731
         for term, own in zip(weight.terms, arrays, strict=True):
-            call = _chained(context, product.equation, term, own, Base(call, apply))
+            call = _chained(context, equation, term, own, Base(call, apply))
         return call(x)
 
     def one(x: jax.Array, w: jax.Array, arrays: list[dict[str, jax.Array]]) -> jax.Array:
@@ -254,193 +264,4 @@ def _chained(context: Context, equation: Equation, term: Term, arrays: dict[str,
     return call
 
 
-def conv_general_dilated(context: Context, equation: Equation, inputs: list[Any], needed: list[bool]) -> list[Any]:
-    x, weight = inputs
-    if is_adapted(x) or not is_adapted(weight):
-        raise Unsupported("the weight is not the kernel")
-    params = equation.params
-    numbers = params["dimension_numbers"]
-    out_axis, in_axis, *window = numbers.rhs_spec
-    for position, role in ((in_axis, INPUT), (out_axis, OUTPUT), *((axis, WINDOW) for axis in window)):
-        for axis in weight.axes[position]:
-            context.record.role(weight, axis, role)
-    base = run_equation(equation, [x, weight.base])[0]
-    if not weight.terms:
-        return [base]
-    if params["feature_group_count"] != 1 or params["batch_group_count"] != 1:
-        raise Unsupported("grouped convolution")
-    roles = [tuple(axis.role for axis in weight.axes[position]) for position in (in_axis, out_axis, *window)]
-    if roles != [(INPUT,), (OUTPUT,), *((WINDOW,) for _ in window)]:
-        raise Unsupported("the layout of the weight is not that of this convolution")
-    if not all(term.low_rank for term in weight.terms):
-        raise Unsupported("a method without factors")
-    for term in weight.terms:
-        context.use(weight, LOW_RANK, equation, only=term)
-        kernel = (RANK, weight.axes[in_axis][0], *(weight.axes[axis][0] for axis in window))
-        change = unsharded(functools.partial(_convolved, context, equation, kernel, base.dtype), base)
-        base = base + change(x, term)
-    return [base]
-
-
-def _convolved(
-    context: Context, equation: Equation, kernel: tuple[lab.Label, ...], dtype: Any, x: jax.Array, term: Term
-) -> jax.Array:
-    """The same convolution with the first factor as its kernel, then a product of features with the second."""
-    params, numbers = equation.params, equation.params["dimension_numbers"]
-    feature = numbers.out_spec[1]
-    h = lax.conv_general_dilated(
-        dropped(context, equation, term, x),
-        lab.transpose(term.arrays["a"], term.labels["a"], kernel).astype(x.dtype),
-        window_strides=params["window_strides"],
-        padding=params["padding"],
-        lhs_dilation=params["lhs_dilation"],
-        rhs_dilation=params["rhs_dilation"],
-        dimension_numbers=lax.ConvDimensionNumbers(numbers.lhs_spec, tuple(range(len(kernel))), numbers.out_spec),
-        precision=params["precision"],
-    )
-    names = tuple(RANK if axis == feature else f"x{axis}" for axis in range(h.ndim))
-    b = term.arrays["b"].astype(h.dtype)
-    out, labels = lab.contract(h, names, b, term.labels["b"], [RANK], out_dtype=dtype)
-    return jnp.moveaxis(out, len(labels) - 1, feature)
-
-
-def gather(context: Context, equation: Equation, inputs: list[Any], needed: list[bool]) -> list[Any]:
-    weight, ids = inputs
-    if not is_adapted(weight) or is_adapted(ids):
-        raise Unsupported("the weight is not the operand")
-    position, ids = _looked_up(equation, weight, ids)
-    row = weight.single(position, "gather of axes that were reshaped together")
-    base = run_equation(equation, [weight.base, inputs[1]])[0]
-    if not weight.terms and len(weight.axes) == 2:
-        for axis in weight.flat_axes:
-            context.record.role(weight, axis, VOCABULARY if axis == row else OUTPUT, lookup=True)
-        return [base]
-    context.record.role(weight, row, STACK)
-    if row.role in (STACK, UNKNOWN):
-        return [_picked(weight, row, position, base, ids, equation)]
-    outputs = [axis for axis in weight.flat_axes if axis != row]
-    if row.role != INPUT or any(axis.role != OUTPUT for axis in outputs):
-        raise Unsupported("gather along " + _ROLE_NAMES.get(row.role, row.role) + " axes")
-    if not all(term.low_rank for term in weight.terms):
-        raise Unsupported("a method without factors")
-    for term in weight.terms:
-        context.use(weight, LOOKUP, equation, only=term)
-        change = unsharded(functools.partial(_lookup, equation, weight.axes, position, row, base.shape), base)
-        base = base + change(ids, term).astype(base.dtype)
-    return [base]
-
-
-def _lookup(
-    equation: Equation,
-    axes: tuple[tuple[Axis, ...], ...],
-    position: int,
-    row: Axis,
-    shape: tuple[int, ...],
-    ids: jax.Array,
-    term: Term,
-) -> jax.Array:
-    """The rows of the first factor, times the second."""
-    h = _rows(lab.transpose(term.arrays["a"], term.labels["a"], (row, RANK)), ids, equation)
-    names = (*(f"x{index}" for index in range(h.ndim - 1)), RANK)
-    out, labels = lab.contract(h, names, term.arrays["b"].astype(h.dtype), term.labels["b"], [RANK])
-    groups = _gathered(equation, axes, position, len(shape), names[:-1])
-    known = {**sizes(axis for group in axes for axis in group), **lab.sizes_of(h, names)}
-    return lab.arrange(out, labels, groups, known)
-
-
-def _looked_up(equation: Equation, weight: AdaptedWeight, ids: jax.Array) -> tuple[int, jax.Array]:
-    """The axis that a gather takes single rows of, and the rows (..., 1); raises Unsupported if it does more."""
-    numbers, slice_sizes = equation.params["dimension_numbers"], equation.params["slice_sizes"]
-    collapsed, shape = numbers.collapsed_slice_dims, weight.base.shape
-    cut = [axis for axis, size in enumerate(shape) if slice_sizes[axis] != size or axis in collapsed]
-    if len(cut) != 1 or slice_sizes[cut[0]] != 1 or numbers.operand_batching_dims:
-        raise Unsupported("gather that is not a lookup of rows")
-    # An index into an axis that is taken whole can only be 0, except that filling looks at it.
-    if len(numbers.start_index_map) > 1 and equation.params["mode"] == lax.GatherScatterMode.FILL_OR_DROP:
-        raise Unsupported("gather that fills by several indices")
-    column = numbers.start_index_map.index(cut[0])
-    return cut[0], lax.slice_in_dim(ids, column, column + 1, axis=ids.ndim - 1)
-
-
-def _gathered(
-    equation: Equation, axes: Sequence[lab.Group], position: int, ndim: int, batch: Sequence[lab.Label]
-) -> list[lab.Group]:
-    """The axes of a lookup's result: the rows' own, and those of the ids."""
-    numbers, names = equation.params["dimension_numbers"], iter(batch)
-    kept = iter(
-        () if axis == position else group for axis, group in enumerate(axes) if axis not in numbers.collapsed_slice_dims
-    )
-    return [next(kept) if axis in numbers.offset_dims else (next(names),) for axis in range(ndim)]
-
-
-def _rows(table: jax.Array, ids: jax.Array, equation: Equation) -> jax.Array:
-    """The same lookup in a table (rows, features): (..., features); where the base has filled, nothing is added."""
-    numbers = lax.GatherDimensionNumbers(offset_dims=(ids.ndim - 1,), collapsed_slice_dims=(0,), start_index_map=(0,))
-    return lax.gather(table, ids, numbers, (1, table.shape[1]), mode=equation.params["mode"], fill_value=0)
-
-
-def _picked(
-    weight: AdaptedWeight, row: Axis, position: int, base: jax.Array, ids: jax.Array, equation: Equation
-) -> AdaptedWeight:
-    """Entries of a stack chosen by ids: a weight stacked over the ids' axes."""
-    batch = ids.shape[:-1]
-    new = tuple(Axis(STACK, (*row.place, index), size) for index, size in enumerate(batch))
-
-    def pick(array: jax.Array, at: int) -> jax.Array:
-        moved = jnp.moveaxis(array, at, 0)
-        rows = _rows(moved.reshape(moved.shape[0], -1), ids, equation).reshape(*batch, *moved.shape[1:])
-        return jnp.moveaxis(rows, range(len(batch)), range(at, at + len(batch)))
-
-    axes = _gathered(equation, weight.axes, position, base.ndim, new)
-    return weight.with_base(base, axes).map_terms(lambda term: term.map_axis(row, pick, *new))
-
-
-def ragged_dot_general(context: Context, equation: Equation, inputs: list[Any], needed: list[bool]) -> list[Any]:
-    x, weight, group_sizes = inputs
-    if is_adapted(x) or not is_adapted(weight):
-        raise Unsupported("the weight is not the right operand")
-    params = equation.params
-    numbers = params["ragged_dot_dimension_numbers"]
-    dims = numbers.dot_dimension_numbers
-    (_, summed), batch = dims[0], dims[1]
-    groups = tuple(numbers.rhs_group_dimensions)
-    if len(groups) != 1 or len(summed) != 1 or any(batch) or x.ndim != 2 or weight.base.ndim != 3:
-        raise Unsupported("grouped product that is not (rows, in) by (groups, in, out)")
-    free = next(iter({0, 1, 2} - {groups[0], summed[0]}))
-    for position, role in ((groups[0], STACK), (summed[0], INPUT), (free, OUTPUT)):
-        for axis in weight.axes[position]:
-            context.record.role(weight, axis, role)
-    base = run_equation(equation, [x, weight.base, group_sizes])[0]
-    if not weight.terms:
-        return [base]
-    roles = [{axis.role for axis in weight.axes[position]} for position in (groups[0], summed[0], free)]
-    if roles != [{STACK}, {INPUT}, {OUTPUT}]:
-        raise Unsupported("the layout of the weight is not that of this grouped product")
-    if not all(term.low_rank for term in weight.terms):
-        raise Unsupported("a method without factors")
-    stack = weight.axes[groups[0]]
-    contract_with = lax.RaggedDotDimensionNumbers((dims[0], batch), numbers.lhs_ragged_dimensions, groups)
-    for term in weight.terms:
-        context.use(weight, LOW_RANK, equation, only=term)
-        known = {**sizes(weight.flat_axes), **lab.sizes_of(term.arrays["a"], term.labels["a"])}
-        orders = {"a": [stack, weight.axes[summed[0]], (RANK,)], "b": [stack, (RANK,), weight.axes[free]]}
-        a, b = (lab.arrange(term.arrays[n].astype(x.dtype), term.labels[n], orders[n], known) for n in "ab")
-        a_order = sorted(range(3), key=lambda i: (groups[0], summed[0], free)[i])
-        h = lax.ragged_dot_general(
-            dropped(context, equation, term, x),
-            lax.transpose(a, a_order),
-            group_sizes,
-            contract_with,
-            precision=params["precision"],
-        )
-        out = lax.ragged_dot(h, b, group_sizes, precision=params["precision"], preferred_element_type=base.dtype)
-        base = base + out.astype(base.dtype)
-    return [base]
-
-
-PRODUCTS: dict[str, Rule] = {
-    "dot_general": dot_general,
-    "conv_general_dilated": conv_general_dilated,
-    "gather": gather,
-    "ragged_dot_general": ragged_dot_general,
-}
+PRODUCTS: dict[str, Rule] = {"dot_general": dot_general}

@@ -18,6 +18,13 @@ from ._jaxpr import unsharded
 
 REPEATED, UNKNOWN = "n", "?"
 
+_ROLE_NAMES = {INPUT: "input", OUTPUT: "output", STACK: "stack", WINDOW: "window", REPEATED: "repeated"}
+
+
+def role_name(role: str) -> str:
+    return _ROLE_NAMES.get(role, role)
+
+
 # A lookup table that is trained in full. Like every adapter of a table it acts on the lookup, not on a tied output
 # product: PEFT's modules_to_save leaves that with the original weight.
 FULL_COPY = Method(
