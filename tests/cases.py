@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import AxisType, PartitionSpec as P
 
 import jpeft
@@ -295,6 +296,28 @@ VIEWS = (
     kernel("squeezed", lambda w, x: x @ w[None, :, :, None].squeeze((0, 3)), (4, 6), X),
     kernel("barrier", lambda w, x: x @ lax.optimization_barrier((w, x))[0], (4, 6), X),
     kernel("copied", lambda w, x: x @ jnp.array(w), (4, 6), X),
+    kernel("named", lambda w, x: x @ checkpoint_name(w, "w"), (4, 6), X),
+    kernel(
+        "fused parts as one product",
+        lambda w, x: x @ jnp.moveaxis(w, 0, 1).reshape(4, 18),
+        (3, 4, 6),
+        X,
+        layout="bio",
+    ),
+    kernel(
+        "a batch axis of a product, gone",
+        lambda w, x: jnp.einsum("bti,sio->bto", x, w),
+        (3, 4, 6),
+        X,
+        layout="bio",
+        **merged("reduce_sum", "no rule"),
+    ),
+    case(
+        "one row of a product with ones",
+        lambda p, ids: jax.nn.one_hot(ids, 7, dtype=float) @ p["e"]["embedding"],
+        {"e": {"embedding": (7, 5)}},
+        IDS,
+    ),
     kernel("gradient stopped", lambda w, x: x @ lax.stop_gradient(w), (4, 6), X, no_gradient=True),
     case(
         "kernels stacked",
@@ -458,6 +481,59 @@ CONTROL = (
     layers(
         "switch", lambda w, x, i: lax.switch(i, [lambda: x @ w[0], lambda: x @ w[1] @ w[2], lambda: -x]), X, np.int32(1)
     ),
+    kernel(
+        "stacked twice",
+        lambda w, x: lax.scan(lambda c, own: (scanned(own, c), None), x, w)[0],
+        (2, 3, 4, 4),
+        X,
+        layout="bbio",
+    ),
+    layers(
+        "layers in pairs",
+        lambda w, x: lax.scan(lambda c, own: (jnp.tanh(c @ own[0]) @ own[1], None), x, w[:2].reshape(1, 2, 4, 4))[0],
+    ),
+    kernel(
+        "scan of convolutions",
+        lambda w, x: scanned(
+            w,
+            x,
+            lambda c, own: (
+                jnp.tanh(lax.conv_general_dilated(c, own, (1,), "SAME", dimension_numbers=("NWC", "WIO", "NWC"))),
+                None,
+            ),
+        ),
+        (2, 3, 4, 4),
+        X,
+        layout="b.io",
+        **CONV,
+    ),
+    kernel(
+        "scan of lookups",
+        lambda w, ids: lax.scan(lambda c, own: (c, own[ids]), 0.0, w)[1],
+        (2, 7, 5),
+        IDS,
+        layout="bvo",
+        **LOOKUP,
+    ),
+    kernel("lax.map over inputs", lambda w, x: lax.map(lambda row: jnp.tanh(row @ w), x), (4, 6), X),
+    layers(
+        "associative_scan over layers",
+        lambda w, x: x @ lax.associative_scan(jnp.matmul, w)[-1],
+        **merged(
+            "dot_general",
+            "product of two adapted weights",
+            "low-rank",
+            "merged: concatenate (concatenation along an axis of the weight)",
+        ),
+    ),
+    kernel(
+        "cond, an output unused",
+        lambda w, x: lax.cond(x.sum() < 99, lambda: (x.sum(), x @ w, w), lambda: (0.0, 2 * x @ w, 2 * w))[1],
+        (4, 6),
+        X,
+    ),
+    kernel("remat, an output unused", lambda w, x: jax.checkpoint(lambda w: (w.sum(), x @ w, w.T))(w)[1], (4, 6), X),
+    kernel("jit, an output unused", lambda w, x: jax.jit(lambda w: (w.sum(), x @ w, w.T))(w)[1], (4, 6), X),
     kernel("remat", lambda w, x: jax.checkpoint(layer)(x, w)[0], SQUARE, X),
     kernel(
         "remat that returns the weight",
@@ -578,6 +654,23 @@ scaled_by.defvjp(
 
 
 @jax.custom_vjp
+def with_symbolic_zeros(x: Any, w: Any) -> Any:
+    return x @ w
+
+
+with_symbolic_zeros.defvjp(
+    lambda x, w: (x.value @ w.value, (x.value, w.value)),
+    lambda saved, g: (3 * g @ saved[1].T, 0.5 * jnp.einsum("...i,...o->io", saved[0], g)),
+    symbolic_zeros=True,
+)
+
+
+@jax.custom_gradient
+def by_custom_gradient(x: Any, w: Any) -> Any:
+    return x @ w, lambda g: (3 * g @ w.T, 0.5 * jnp.einsum("...i,...o->io", x, g))
+
+
+@jax.custom_vjp
 def layers_of(x: Any, w: Any) -> Any:
     return scanned(w, x)
 
@@ -623,6 +716,14 @@ CUSTOM = (
     kernel("custom_vjp in cond", lambda w, x: lax.cond(x.sum() < 99, halved, lambda x, w: 2 * x @ w, x, w), (4, 6), X),
     kernel("custom_vjp in vmap", lambda w, x: jax.vmap(halved, (0, None))(x, w), (4, 6), X),
     kernel("custom_vjp, weight twice", lambda w, x: halved(halved(x, w), w), SQUARE, X),
+    kernel(
+        "custom_vjp with symbolic zeros",
+        lambda w, x: with_symbolic_zeros(x, w),
+        (4, 6),
+        X,
+        **merged("custom_vjp_call", "custom_vjp with constants or symbolic zeros"),
+    ),
+    kernel("custom_gradient", lambda w, x: by_custom_gradient(x, w), (4, 6), X),
     kernel("custom_jvp", lambda w, x: halved_forward(x, w), (4, 6), X),
     kernel("custom_jvp with booleans", lambda w, x: masked_product(x, w, jnp.arange(6) > 2), (4, 6), X),
     layers(
@@ -642,14 +743,19 @@ def over_devices(
     shape: tuple[int, ...],
     x: tuple[int, ...],
     specs: tuple[Any, Any, Any],
+    output: int | None = None,
     **fields: Any,
 ) -> tuple[Case, Case]:
-    """Two rows: `function(x, w)` under a shard_map over eight devices, with and without checks of varying axes."""
+    """Two rows: `function(x, w)` under a shard_map over eight devices, with and without checks of varying axes.
+
+    output: the only output that is used.
+    """
 
     def row(check: bool) -> Case:
         def sharded(w: Any, x: Any) -> Any:
             mesh = jax.make_mesh((8,), ("d",), axis_types=(AxisType.Auto,))
-            return jax.shard_map(function, mesh=mesh, in_specs=specs[:2], out_specs=specs[2], check_vma=check)(x, w)
+            mapped = jax.shard_map(function, mesh=mesh, in_specs=specs[:2], out_specs=specs[2], check_vma=check)
+            return mapped(x, w) if output is None else mapped(x, w)[output]
 
         return kernel(f"shard_map, {name}, {'checked' if check else 'unchecked'}", sharded, shape, x, **fields)
 
@@ -681,6 +787,22 @@ SHARD_MAPS = (
     *over_devices("layers", lambda x, w: lax.psum(x @ w[0], "d"), (8, 4, 6), (3, 4), (P(), P("d"), P()), layout="bio"),
     *over_devices("scan", lambda x, w: scanned(w, x), STACKED, (8, 4), (P("d"), P(), P("d")), layout="bio"),
     *over_devices("remat", lambda x, w: jax.checkpoint(layer)(x, w)[0], SQUARE, (8, 4), (P("d"), P(), P("d"))),
+    *over_devices(
+        "an output unused",
+        lambda x, w: (w.sum(), x @ w, w),
+        (4, 6),
+        (8, 4),
+        (P("d"), P(), (P(), P("d"), P())),
+        output=1,
+    ),
+    *over_devices(
+        "the weight returned",
+        lambda x, w: (x @ w, w),
+        (4, 6),
+        (8, 4),
+        (P("d"), P(), (P("d"), P())),
+        **merged("shard_map", "its body returns it", "low-rank"),
+    ),
     # Where varying axes are checked, a rule has to say that the gradient of a shared weight is a sum over devices.
     over_devices("custom_vjp", halved_on_devices, (4, 6), (8, 4), (P("d"), P(), P("d")))[0],
     over_devices("custom_vjp", halved, (4, 6), (8, 4), (P("d"), P(), P("d")))[1],

@@ -251,6 +251,39 @@ def test_prints_survive_in_order(capfd):
     assert capfd.readouterr().out.split("\n")[:-1] == ["first 8.0", "second 2", "in 0", "in 1", "last 0.0"]
 
 
+BODIES = {
+    "cond": lambda f, x: lax.cond(x.sum() > 0, f, lambda x: x, x),
+    "while": lambda f, x: lax.while_loop(lambda c: c[0] < 1, lambda c: (c[0] + 1, f(c[1])), (0, x))[1],
+    "fori": lambda f, x: lax.fori_loop(0, 1, lambda i, c: f(c), x),
+    "jit": lambda f, x: jax.jit(f)(x),
+    "vmap": lambda f, x: jax.vmap(f)(x[None])[0],
+}
+
+
+@pytest.mark.parametrize("run", BODIES.values(), ids=BODIES)
+def test_prints_survive_in_bodies(run, capfd):
+    def function(params, x):
+        def body(x):
+            y = x @ params["dense"]["kernel"]
+            jax.debug.print("inside {}", (y * 0).sum())
+            return jnp.tanh(y) @ params["out"]["kernel"]
+
+        return run(body, x)
+
+    jax.jit(jpeft.lift(function))(of_mlp(), jnp.ones((2, 4))).block_until_ready()
+    jax.effects_barrier()
+    assert capfd.readouterr().out == "inside 0.0\n"
+
+
+def test_a_choice_by_platform_stays_one():
+    def function(params, x):
+        w = params["dense"]["kernel"]
+        return lax.platform_dependent(x, w, cpu=lambda x, w: x @ w, default=lambda x, w: -x @ w)
+
+    wrapped, x = of_mlp(target_modules=["dense"]), batch(5, 4)
+    np.testing.assert_allclose(jax.jit(jpeft.lift(function))(wrapped, x), on_merged(function)(wrapped, x), rtol=1e-5)
+
+
 def test_callbacks_survive_where_nothing_uses_their_weights():
     seen = []
 

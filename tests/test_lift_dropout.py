@@ -74,8 +74,15 @@ def while_of_shared(p, x):
     return lax.while_loop(lambda state: state[0] < 3, body, (0, jnp.zeros((3, *x.shape))))[1]
 
 
+def one_branch(x, w):
+    return lax.cond(x.sum() > 0, jnp.matmul, lambda x, w: x, x, w)
+
+
 MASKS = {
     "modules": (TWO, {}, lambda p, x: [x @ p["a"]["kernel"], x @ p["b"]["kernel"]]),
+    "modules stacked": (
+        TWO, {}, lambda p, x: lax.scan(lambda c, w: (c, x @ w), 0.0, jnp.stack([p[name]["kernel"] for name in "ab"]))[1]
+    ),
     "uses": (ONE, {}, lambda p, x: [x @ p["a"]["kernel"], x @ p["a"]["kernel"]]),
     "layers by index": (STACK, LAYERS, lambda p, x: [x @ p["a"]["kernel"][i] for i in range(3)]),
     "layers in scan": (STACK, LAYERS, lambda p, x: lax.scan(lambda c, w: (c, x @ w), 0.0, p["a"]["kernel"])[1]),
@@ -85,7 +92,7 @@ MASKS = {
     "steps of a scan over one layer": (ONE, {}, scan_of_shared),
     "steps of a while_loop over one layer": (ONE, {}, while_of_shared),
     "calls of one function": (ONE, {}, lambda p, x: [jax.jit(jnp.matmul)(x, p["a"]["kernel"]) for _ in range(2)]),
-    "branches": (ONE, {}, lambda p, x: [lax.cond(x.sum() > 0, jnp.matmul, lambda x, w: x, x, p["a"]["kernel"]) for _ in range(2)]),
+    "branches": (ONE, {}, lambda p, x: [one_branch(x, p["a"]["kernel"]) for _ in range(2)]),
     "rows": (ONE, {}, lambda p, x: x @ p["a"]["kernel"]),
     "examples of a vmap": (ONE, {}, lambda p, x: jax.vmap(lambda row: row @ p["a"]["kernel"])(x)),
 }  # fmt: skip
@@ -154,9 +161,10 @@ def test_lookups_are_not_dropped():
     params = {"e": {"embedding": random_like((7, 4), 5)}}
     wrapped = jpeft.wrap(params, LoraConfig(r=2, lora_dropout=RATE, target_modules=".*"))
     wrapped = dataclasses.replace(wrapped, adapters=random_like(wrapped.adapters, 6))
-    lookup = jpeft.lift(lambda p, ids: p["e"]["embedding"][ids])
     ids = np.arange(7)
-    np.testing.assert_array_equal(lookup(seeded(wrapped), ids), lookup(wrapped, ids))
+    for function in (lambda table: table[ids], lambda table: jax.nn.one_hot(ids, 7) @ table):
+        lookup = jpeft.lift(lambda p, function=function: function(p["e"]["embedding"]))
+        np.testing.assert_array_equal(lookup(seeded(wrapped)), lookup(wrapped))
 
 
 def test_another_key_does_not_recompile():

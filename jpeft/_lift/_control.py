@@ -57,6 +57,8 @@ def checkpoint(context: Context, equation: Equation, inputs: list[Any], needed: 
 
 
 def cond(context: Context, equation: Equation, inputs: list[Any], needed: list[bool]) -> list[Any]:
+    if equation.params.get("branches_platforms"):
+        raise Unsupported("a choice by platform")
     index, *operands = inputs
     branches = equation.params["branches"]
     sources = [_forwarded(branch) for branch in branches]
@@ -138,7 +140,8 @@ def scan(context: Context, equation: Equation, inputs: list[Any], needed: list[b
     # Only dropout asks for the number of the step.
     steps = jnp.arange(params["length"]) if any(map(has_key, (*closed, *carry))) else None
     given = ([piece.arrays for piece in sliced], steps)
-    end, ys = lax.scan(body, start, given, params["length"], params["reverse"], params["unroll"])
+    options = {name: params[name] for name in ("length", "reverse", "unroll", "_split_transpose") if name in params}
+    end, ys = lax.scan(body, start, given, **options)
     last = [value if keep else own for keep, value, own in zip(fixed, carry, end, strict=True)]
     return [*last, *(inputs[s] if s is not None else y for s, y in zip(stacks, ys, strict=True))]
 

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from .._config import FrozenMapping, TunerConfig
-from .._contract import OUTPUT, STACK, VOCABULARY, WINDOW, Method, Site, method_of
+from .._contract import EMBEDDING, OUTPUT, STACK, VOCABULARY, WINDOW, Method, Site, method_of
 from .._params import Adapter, PeftParams, Rng
 from .._paths import fold_in_name, last_name, leaves_by_path, parent
 from .._targets import saved_modules
@@ -51,7 +51,8 @@ def _term(name: str, adapter: Adapter, method: Method, path: str, site: Site, rn
     axes = tuple(axis for group in weight_axes(site.layout, site.shape) for axis in group)
     stack = tuple(axis for axis in axes if axis.role == STACK)
     arrays, labels = (_factors if method.factors else _as_stored)(own, adapter, method, site, axes, stack)
-    if rng is not None and method.dropout(adapter.config):
+    # As in PEFT: dropout is on the input of a layer, and the input of a lookup is no number.
+    if rng is not None and method.dropout(adapter.config) and site.kind != EMBEDDING:
         key = fold_in_name(rng.key(), f"{name}/{path}")
         arrays["key"] = jax.random.split(key, site.stack) if stack else key
         labels["key"] = stack

@@ -274,7 +274,7 @@ def _stacked_term(terms: list[Term], axis: Axis) -> Term:
 
 
 VIEWS: dict[str, Rule] = {
-    **dict.fromkeys(("copy", "copy_p", "device_put", "sharding_constraint"), same),
+    **dict.fromkeys(("copy", "copy_p", "device_put", "sharding_constraint", "name"), same),
     **dict.fromkeys(("mesh_cast", "reshard"), resharded),
     "reduce_precision": same,
     "convert_element_type": convert,
