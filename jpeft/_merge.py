@@ -94,7 +94,7 @@ def _sharded_like(leaves: tuple[Any, Any], compute: Callable[..., tuple[Any, Any
 def _like(leaf: Any, merged: Any) -> Any:
     if isinstance(leaf, jax.ShapeDtypeStruct):
         return leaf  # for its sharding
-    if isinstance(merged, jax.Array):
+    if isinstance(merged, jax.Array) and isinstance(leaf, jax.Array):
         merged = merged.astype(leaf.dtype)
     if isinstance(leaf, jax.Array) and not isinstance(leaf, Tracer) and len(leaf.sharding.device_set) > 1:
         return jax.device_put(merged, leaf.sharding)

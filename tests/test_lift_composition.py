@@ -224,10 +224,10 @@ def test_named_scopes_survive_in_loops_and_calls():
             return lax.scan(jax.checkpoint(body), x, length=2)[0]
 
     jaxpr = jax.make_jaxpr(jpeft.lift(function))(of_mlp(), batch(5, 4))
-    named = {
-        str(eqn.source_info.name_stack) for eqn in equations(jaxpr) if eqn.primitive.name in ("scan", "dot_general")
-    }
-    assert named == {"loop", "body"}
+    named = [(eqn.primitive.name, scope) for eqn, scope in scoped_equations(jaxpr)]
+    products = [scope for name, scope in named if name == "dot_general"]
+    assert len(products) == 6 and all("loop" in scope and "body" in scope for scope in products)
+    assert [scope for name, scope in named if name == "scan"] == ["/loop"]
 
 
 def test_prints_survive_in_order(capfd):
@@ -309,13 +309,19 @@ def test_remat_keeps_its_policy(policy, prevent_cse):
 
 
 def equations(jaxpr):
+    return (equation for equation, _ in scoped_equations(jaxpr))
+
+
+def scoped_equations(jaxpr, outer=""):
+    """Every equation, those of bodies included, with its scopes from the outermost in."""
     for equation in getattr(jaxpr, "jaxpr", jaxpr).eqns:
-        yield equation
+        scope = f"{outer}/{equation.source_info.name_stack}"
+        yield equation, scope
         for value in jax.tree.leaves(
             equation.params, is_leaf=lambda leaf: hasattr(leaf, "eqns") or hasattr(leaf, "jaxpr")
         ):
             if hasattr(value, "eqns") or hasattr(value, "jaxpr"):
-                yield from equations(value)
+                yield from scoped_equations(value, scope)
 
 
 def test_the_change_of_a_weight_is_not_built():
