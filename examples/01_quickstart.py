@@ -86,7 +86,7 @@ def fine_tune(
         wrapped, opt_state, loss = step(wrapped, opt_state, inputs, labels, jax.random.fold_in(key, number))
         history.losses.append(float(loss))
         history.seconds.append(time.perf_counter() - start)
-        if number % max(1, steps // 3) == 0 or number == steps:
+        if number % -(-steps // 3) == 0 or number == steps:  # Three times, rounded up.
             history.accuracies.append((number, held_out_accuracy()))
         bar.set_postfix(loss=f"{history.losses[-1]:.3f}", held_out=f"{history.accuracies[-1][1]:.1%}")
     return wrapped, predict, history
