@@ -4,6 +4,8 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from ._stacks import layer_paths, spelled_layers
+
 
 def checked_regex(pattern: str) -> str:
     """The pattern itself; raises ValueError if it is not a regular expression.
@@ -46,9 +48,20 @@ def key_matches(path: str, key: str) -> bool:
 def value_for(path: str, pattern: Mapping[str, Any], default: Any) -> Any:
     """The value of the first key of `pattern` that matches the end of the path, whole names only, or `default`.
 
-    Raises ValueError for a key that is not a regular expression.
+    For a path in a stack the layers' paths count. Raises ValueError for a key that is not a regular expression, and
+    for layers of one stack that have different values.
 
     >>> value_for("encoder.layer.11.query", {r"layer\\.1\\d\\.query": 16, "query": 4}, 8)
     16
     """
-    return next((value for key, value in pattern.items() if key_matches(path, key)), default)
+    layers = layer_paths(path) or [path]
+    values = [next((value for key, value in pattern.items() if key_matches(layer, key)), default) for layer in layers]
+    if any(value != values[0] for value in values):
+        of = {value: [layer for layer, own in zip(layers, values, strict=True) if own == value] for value in values}
+        given = "; ".join(f"{value!r} to {spelled_layers(path, own)}" for value, own in of.items())
+        raise ValueError(
+            f"the pattern {dict(pattern)!r} gives different values to the layers of the stack {path!r}: {given}. "
+            "Layers stacked in one leaf are adapted alike: load the model with scan_layers=False, or give all layers "
+            "of the stack the same value"
+        )
+    return values[0]

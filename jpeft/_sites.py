@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from ._contract import INPUT, OUTPUT, STACK, VOCABULARY, WINDOW, Site
 from ._paths import BIAS_NAMES, WEIGHT_NAMES, last_name, parent
 from ._patterns import checked_regex
+from ._stacks import Layer
 
 # The gains and statistics of normalisation layers; stacked over layers they have the two axes of a kernel.
 NORMALIZATION_NAMES = ("scale", "offset", "gamma", "beta", "mean", "var", "average")
@@ -57,8 +58,9 @@ class Candidate:
 def candidates(leaves: Mapping[str, Any], layouts: Mapping[str, str] | None = None) -> dict[str, Candidate]:
     """The adaptable modules of a tree by module path, in the tree's order.
 
-    leaves: {leaf path: array, or anything with shape and dtype}. layouts: {leaf or module path, or a regular
-    expression that matches one in full: layout}. Raises ValueError for a layout that does not fit its leaf.
+    leaves: {leaf path: array, or anything with shape and dtype}, stacks of layers taken apart by `unstacked`.
+    layouts: {leaf or module path, or a regular expression that matches one in full: layout}; for a layer of a stack
+    the paths in the stack and in its first layer count. Raises ValueError for a layout that does not fit its leaf.
 
     >>> import jax.numpy as jnp
     >>> found = candidates({"dense.kernel": jnp.ones((3, 4)), "dense.bias": jnp.ones(4)})
@@ -103,7 +105,10 @@ def _candidate(path: str, module: str, leaves: Mapping[str, Any], layouts: Mappi
         names = (f"{above}.{name}".lstrip(".") for name in BIAS_NAMES)
         bias = next((name for name in names if hasattr(leaves.get(name), "shape")), None)
     shape = tuple(leaf.shape)
-    explicit = _explicit_layout(path, module, layouts)
+    if isinstance(leaf, Layer):
+        explicit = _explicit_layout_of_layer(path, module, leaf, layouts)
+    else:
+        explicit = _explicit_layout(path, module, layouts)
     if explicit is not None:
         _check_layout(path, shape, explicit)
     layout = _default_layout(path, shape) if explicit is None else explicit
@@ -116,6 +121,21 @@ def _explicit_layout(path: str, module: str, layouts: Mapping[str, str]) -> str 
         if name in layouts:
             return layouts[name]
     return next((v for k, v in layouts.items() if re.fullmatch(k, path) or re.fullmatch(k, module)), None)
+
+
+def _explicit_layout_of_layer(path: str, module: str, layer: Layer, layouts: Mapping[str, str]) -> str | None:
+    # One for the whole stack, with or without the letter of its first axis.
+    explicit = _explicit_layout(layer.stacked_path(path), layer.stacked_path(module), layouts)
+    if explicit is None:
+        explicit = _explicit_layout(layer.first_path(path), layer.first_path(module), layouts)
+    if isinstance(explicit, str) and len(explicit) == len(layer.shape) + 1:
+        if not explicit.startswith(STACK):
+            raise ValueError(
+                f"layout {explicit!r} of {layer.stack!r}, whose shape is {tuple(layer.leaf.shape)}, does not begin "
+                f"with {STACK!r}; expected it, for by its name the first axis is a stack of layers"
+            )
+        return explicit[1:]
+    return explicit
 
 
 def _default_layout(path: str, shape: tuple[int, ...]) -> str | None:

@@ -1,5 +1,6 @@
 """Which modules a config selects: PEFT's rules for targets, exclusions, layers and modules saved in full."""
 
+import dataclasses
 import difflib
 import re
 import warnings
@@ -11,6 +12,7 @@ from ._contract import LINEAR, Method, Site
 from ._paths import BIAS_NAMES, WEIGHT_NAMES, last_name, parent
 from ._patterns import checked_regex, key_matches, matches
 from ._sites import Candidate
+from ._stacks import layer_paths, spelled_out
 
 ALL_LINEAR = "all-linear"
 OUTPUT_EMBEDDINGS = (
@@ -23,6 +25,22 @@ OUTPUT_EMBEDDINGS = (
     "unembed",
 )
 SEQ_CLS_HEADS = ("score", "classifier")
+
+
+def by_layer(config: TunerConfig) -> TunerConfig:
+    """The config with the paths of layers where it names stacks of them, as files and other trees have them.
+
+    >>> import jpeft
+    >>> by_layer(jpeft.LoraConfig(target_modules=["layers.0:2.q"])).target_modules
+    ('layers.0.q', 'layers.1.q')
+    """
+    names = {name: getattr(config, name) for name in ("target_modules", "exclude_modules", "modules_to_save")}
+    changed: dict[str, Any] = {name: spelled_out(value) for name, value in names.items()}
+    for name in ("rank_pattern", "alpha_pattern"):
+        names[name] = getattr(config, name, None) or {}
+        changed[name] = {spelled_out(key): value for key, value in names[name].items()}
+    changed = {name: value for name, value in changed.items() if value != names[name]}
+    return dataclasses.replace(config, **changed) if changed else config
 
 
 def module_paths(leaves: Iterable[str], found: Mapping[str, Candidate]) -> list[str]:
@@ -82,11 +100,17 @@ def select_sites(
 def saved_modules(paths: Iterable[str], config: TunerConfig) -> list[str]:
     """The modules among `paths` that `config.modules_to_save` means: PEFT asks only that the path ends so.
 
+    A module in a stack is meant if the same module of its layers is.
+
     >>> import jpeft
     >>> saved_modules(["body", "head", "body.head"], jpeft.LoraConfig(modules_to_save=["head"]))
     ['head', 'body.head']
     """
-    return [path for path in paths if any(path.endswith(name) for name in config.modules_to_save or ())]
+    return [path for path in paths if any(_ends_in(path, name) for name in config.modules_to_save or ())]
+
+
+def _ends_in(path: str, name: str) -> bool:
+    return any(layer.endswith(name) for layer in layer_paths(path) or [path])
 
 
 def saved_leaves(leaves: Mapping[str, Any], found: Mapping[str, Candidate], config: TunerConfig) -> list[str]:

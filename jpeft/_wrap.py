@@ -13,7 +13,8 @@ from ._contract import Method, Site, method_of
 from ._params import Adapter, PeftParams, Sites, is_peft_params
 from ._paths import fold_in_name, leaves_by_path
 from ._sites import candidates, canonical
-from ._targets import bias_leaves, saved_leaves, select_sites
+from ._stacks import layer_sites, restacked, stacked_site, unstacked
+from ._targets import bias_leaves, by_layer, saved_leaves, select_sites
 
 
 def wrap(
@@ -33,8 +34,11 @@ def wrap(
     layouts: {leaf or module path, or regular expression: layout}, one letter an axis: i input, o output, v vocabulary
     of a lookup table, '.' window of a convolution, b stack (layers, experts, fused parts). Kernels of two axes are
     "io" unless told otherwise. dtype: of the adapter's floating-point arrays, each of shape (*stack, ...).
+    A module named as a slice of numbers is a stack of layers: `layers.0:12.query.kernel` of shape (12, in, out) is
+    `layers.0.query.kernel` and so on, which the config's names, patterns and layers mean; it gets the values that the
+    layers would get one by one.
     Raises TypeError if `config` is of no known method or `rng` is not a key, and ValueError if no module is selected,
-    a layout is unknown, the tree is empty or the name is taken.
+    or some layers of a stack and not the others, a layout is unknown, the tree is empty or the name is taken.
 
     >>> import jax, jax.numpy as jnp, jpeft
     >>> params = {"query": {"kernel": jnp.ones((4, 6))}, "head": {"kernel": jnp.ones((6, 2))}}
@@ -42,7 +46,7 @@ def wrap(
     >>> wrapped.base is params, jax.tree.map(jnp.shape, wrapped.adapters["default"].weights)
     (True, {'query': {'lora_A': (2, 4), 'lora_B': (6, 2)}})
     """
-    config = _checked_config(config)
+    config = by_layer(_checked_config(config))
     method = method_of(config)
     wrapped = params if is_peft_params(params) else PeftParams(base=params, adapters={}, active=())
     _check_name(adapter_name, wrapped.adapters)
@@ -51,16 +55,16 @@ def wrap(
     leaves = leaves_by_path(wrapped.base)
     if not leaves:
         raise ValueError("the parameter tree has no leaves; expected a tree of arrays, such as a model's parameters")
-    found = candidates(leaves, layouts)
-    sites = select_sites(leaves, found, config, method)
-    trained = [*saved_leaves(leaves, found, config), *bias_leaves(leaves, sites, config)]
-    replaced = {path: _copy(path, leaves[path]) for path in dict.fromkeys(trained) if _is_array(leaves[path])}
+    layers = unstacked(leaves)
+    found = candidates(layers, layouts)
+    selected = select_sites(layers, found, config, method)
+    trained = [*saved_leaves(layers, found, config), *bias_leaves(layers, selected, config)]
+    sites = _stacked_sites(selected, layers, config)
+    trained = restacked(dict.fromkeys(trained), layers, _said(config, "modules_to_save", "bias", verb="would train"))
+    replaced = {path: _copy(path, leaves[path]) for path in trained if _is_array(leaves[path])}
 
     def initial(key: jax.Array, weights: Mapping[str, Any]) -> dict[str, dict[str, jax.Array]]:
-        return {
-            path: _initial(fold_in_name(key, path), weights[path], site, method, config, dtype)
-            for path, site in sites.items()
-        }
+        return {path: _initial_layers(key, weights[path], site, method, config, dtype) for path, site in sites.items()}
 
     adapted = {path: leaves[site.leaf] for path, site in sites.items()}
     abstract = any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in leaves.values())
@@ -119,10 +123,39 @@ def disable_adapters(wrapped: PeftParams) -> PeftParams:
     return dataclasses.replace(checked_params(wrapped), active=())
 
 
-def _initial(key: jax.Array, leaf: Any, site: Site, method: Method, config: Any, dtype: Any) -> dict[str, jax.Array]:
+def _stacked_sites(selected: Mapping[str, Site], layers: Mapping[str, Any], config: TunerConfig) -> dict[str, Site]:
+    said = _said(config, "target_modules", "exclude_modules", "modules_to_save", "layers_to_transform", verb="select")
+    by_leaf = restacked({site.leaf: site for site in selected.values()}, layers, said)
+    return {site.path: site for site in (stacked_site(leaf, sites) for leaf, sites in by_leaf.items())}
+
+
+def _said(config: TunerConfig, *fields: str, verb: str) -> str:
+    values = {field: getattr(config, field) for field in fields}
+    return f"{', '.join(f'{k}={v!r}' for k, v in values.items() if v not in (None, (), 'none'))} {verb}"
+
+
+def _initial_layers(
+    key: jax.Array, leaf: Any, site: Site, method: Method, config: Any, dtype: Any
+) -> dict[str, jax.Array]:
+    layers = layer_sites(site)
+    if layers is None:
+        return _initial(fold_in_name(key, site.path), leaf, site, method, config, dtype)
+    # One by one, so that stacked layers begin as single ones do, whatever the kind of key: vmap changes some draws.
+    drawn = [
+        _initial(fold_in_name(key, layer.path), leaf, layer, method, config, dtype, index)
+        for index, layer in enumerate(layers)
+    ]
+    return {name: jnp.stack([arrays[name] for arrays in drawn]) for name in drawn[0]}
+
+
+def _initial(
+    key: jax.Array, leaf: Any, site: Site, method: Method, config: Any, dtype: Any, layer: int | None = None
+) -> dict[str, jax.Array]:
+    """The arrays of one site. layer: the index of the site's layer, if `leaf` is a stack of layers."""
+
     def one(key: jax.Array, index: Any) -> dict[str, jax.Array]:
         def weight() -> jax.Array:
-            whole = canonical(leaf, site.layout)
+            whole = canonical(leaf if layer is None else leaf[layer], site.layout)
             return whole.reshape(-1, *whole.shape[len(site.stack) :])[index] if site.stack else whole
 
         arrays = method.init(key, site, config, weight)

@@ -13,6 +13,7 @@ from ._family import Family
 from ._keys import Slot, leaf_slots, slots
 from ._listed import listed
 from ._orientation import to_torch
+from ._stacked import is_abstract
 from ._surplus import first_name, original_biases, possible_embeddings, second_names, written_embeddings
 
 
@@ -95,6 +96,6 @@ def _same(first: np.ndarray, second: np.ndarray) -> bool:
 
 
 def _is_base(tensor: np.ndarray, leaf: Any, slot: Slot) -> bool:
-    if not hasattr(leaf, "__array__") or leaf.dtype != tensor.dtype:
+    if is_abstract(leaf) or not hasattr(leaf, "__array__") or leaf.dtype != tensor.dtype:
         return False
     return _same(tensor, np.ascontiguousarray(to_torch(leaf, slot.layout)))

@@ -16,6 +16,7 @@ from jpeft._contract import method_of
 from jpeft._params import Adapter, is_peft_params
 from jpeft._paths import leaves_by_path
 from jpeft._sites import candidates
+from jpeft._stacks import unstacked
 from jpeft._targets import module_paths
 
 from ._config_json import SECOND_NAMES, read_config
@@ -26,6 +27,7 @@ from ._hub import adapter_folder
 from ._listed import listed
 from ._pair import find_config, find_pair
 from ._resolve import with_heads
+from ._stacked import restacked_adapter, unstacked_adapter, unstacked_layouts
 
 
 def load_config(name_or_path: str | os.PathLike[str]) -> jpeft.PeftConfig:
@@ -56,8 +58,9 @@ def load_pretrained(
 
     params: the base model's tree, kept by reference. name_or_path: a folder, or a Hub id. is_trainable: whether the
     adapter trains further; without it nothing does. family: how the tree's names lead to those of the PyTorch model.
-    layouts: as for `jpeft.wrap`. The arrays keep the file's dtypes. Embeddings that the file holds in full, because
-    they were resized or are another model's, become part of the adapter.
+    layouts: as for `jpeft.wrap`. Stacks of layers, named by the slice of their numbers, are filled from the file's
+    single layers, which have to be alike. The arrays keep the file's dtypes. Embeddings that the file holds in full,
+    because they were resized or are another model's, become part of the adapter.
     Raises FileNotFoundError if a file is absent; ValueError if one is damaged, pickled, asks for what is not
     implemented, or does not fit the parameters: all missing, unexpected and misshapen tensors in one message.
 
@@ -117,8 +120,10 @@ def _load(
             f"there already is an adapter {adapter_name!r}; expected a name other than: {', '.join(wrapped.adapters)}"
         )
     files = find_pair(adapter_folder(name_or_path))
-    leaves, layouts = leaves_by_path(wrapped.base), {**family.layouts, **layouts}
-    paths = module_paths(leaves, candidates(leaves, layouts))
+    leaves = leaves_by_path(wrapped.base)
+    layouts = unstacked_layouts({**family.layouts, **layouts}, leaves)
+    layers = unstacked(leaves)
+    paths = module_paths(layers, candidates(layers, layouts))
     config = with_heads(read_config(files.config), paths)
     _refuse_training(files.config, config, is_trainable)
     config = dataclasses.replace(config, inference_mode=not is_trainable)
@@ -129,8 +134,10 @@ def _load(
         planned = jpeft.wrap(abstract, config, adapter_name=adapter_name, layouts=layouts)
     except ValueError as error:
         raise ValueError(f"{files.config} does not fit the parameters: {error}") from error
-    fitted = fit(files.weights, tensors, planned.adapters[adapter_name], leaves, family, layouts)
-    adapter = _filled(planned.adapters[adapter_name], fitted, tensors)
+    whole = planned.adapters[adapter_name]
+    single = unstacked_adapter(whole)
+    fitted = fit(files.weights, tensors, single, layers, family, layouts)
+    adapter = restacked_adapter(files.weights, _filled(single, fitted, tensors), whole, layers)
     return dataclasses.replace(planned, base=wrapped.base, adapters={**wrapped.adapters, adapter_name: adapter})
 
 

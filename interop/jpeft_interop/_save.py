@@ -14,6 +14,7 @@ from jpeft import PeftParams, TunerConfig
 from jpeft._params import Adapter, is_peft_params
 from jpeft._paths import leaves_by_path
 from jpeft._sites import candidates
+from jpeft._stacks import unstacked
 from jpeft._targets import module_paths, saved_leaves
 
 from ._card import model_card
@@ -24,6 +25,7 @@ from ._listed import listed
 from ._orientation import to_torch
 from ._pair import CONFIG_NAME, PICKLE_NAME, WEIGHTS_NAME, write_if_absent, write_pair
 from ._resolve import with_heads, with_named_targets
+from ._stacked import is_abstract, unstacked_adapter, unstacked_layouts
 from ._surplus import original_biases, second_names, written_embeddings
 
 CARD_NAME = "README.md"
@@ -52,10 +54,11 @@ def save_pretrained(
     other into its subfolder of that name. base_model_name_or_path: put into the config; the config's own by default.
     family: how the tree's names lead to those of the PyTorch model. selected_adapters: names; all by default.
     layouts: as for `jpeft.wrap`, of kernels that are saved in full and whose layout does not show.
+    Stacks of layers, named by the slice of their numbers, are written layer by layer.
     A README.md is added if there is none. Two files change as one: a save that is interrupted at any point leaves the
     old adapter or the new one, and other files in the folder are left alone. One process may save at a time.
-    Raises TypeError if `wrapped` does not come from `wrap`; ValueError for unknown or unsafe adapter names, stacks of
-    modules, abstract arrays, kernels of unknown layout; OSError if a file cannot be written.
+    Raises TypeError if `wrapped` does not come from `wrap`; ValueError for unknown or unsafe adapter names, other
+    stacks of modules, abstract arrays, kernels of unknown layout; OSError if a file cannot be written.
 
     >>> import tempfile, jax.numpy as jnp, jpeft
     >>> wrapped = jpeft.wrap({"query": {"kernel": jnp.ones((4, 6))}}, jpeft.LoraConfig(target_modules=["query"]))
@@ -103,8 +106,10 @@ def _is_folder_name(name: str) -> bool:
 def _contents(
     wrapped: PeftParams, name: str, base_model: str | None, family: Family, layouts: Mapping[str, str]
 ) -> Contents:
-    leaves, layouts = leaves_by_path(wrapped.base), {**family.layouts, **layouts}
-    adapter = _with_head(wrapped.adapters[name], leaves, layouts)
+    leaves = leaves_by_path(wrapped.base)
+    layouts = unstacked_layouts({**family.layouts, **layouts}, leaves)
+    leaves = unstacked(leaves)
+    adapter = _with_head(unstacked_adapter(wrapped.adapters[name]), leaves, layouts)
     _refuse_abstract(name, adapter)
     table = slots(adapter, leaves, family, layouts)
     arrays = {key: slot.take(adapter) for key, slot in table.items()}
@@ -138,7 +143,7 @@ def _with_head(adapter: Adapter, leaves: Mapping[str, Any], layouts: Mapping[str
 
 def _refuse_abstract(name: str, adapter: Adapter) -> None:
     leaves = jax.tree.leaves((adapter.weights, adapter.shared, adapter.replaced))
-    abstract = [leaf for leaf in leaves if isinstance(leaf, jax.ShapeDtypeStruct)]
+    abstract = [leaf for leaf in leaves if is_abstract(leaf)]
     if abstract:
         raise ValueError(
             f"adapter {name!r} has {len(abstract)} abstract arrays and no values to save; expected one that was "

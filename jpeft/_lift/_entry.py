@@ -9,6 +9,7 @@ from .._config import FrozenMapping, TunerConfig
 from .._contract import EMBEDDING, OUTPUT, STACK, VOCABULARY, WINDOW, Method, Site, method_of
 from .._params import Adapter, PeftParams, Rng
 from .._paths import fold_in_name, last_name, leaves_by_path, parent
+from .._stacks import layer_paths
 from .._targets import saved_modules
 from ._weight import FULL_COPY, RANK, Axis, Term, of_role, weight_axes
 
@@ -35,14 +36,18 @@ def terms_by_leaf(wrapped: PeftParams) -> dict[str, tuple[Term, ...]]:
 
 def _is_saved_table(path: str, leaf: Any, adapter: Adapter) -> bool:
     """Whether a leaf is a lookup table that trains in full (and not one that was resized: that is the base's)."""
-    if jnp.ndim(leaf) != 2 or "embed" not in last_name(path) or not isinstance(adapter.config, TunerConfig):
+    axes = 2 if layer_paths(path) is None else 3
+    if jnp.ndim(leaf) != axes or "embed" not in last_name(path) or not isinstance(adapter.config, TunerConfig):
         return False
     return bool(saved_modules([parent(path)], adapter.config))
 
 
 def _full_copy(name: str, adapter: Adapter, path: str, full: jax.Array) -> Term:
-    site = Site(parent(path), path, None, VOCABULARY + OUTPUT, jnp.shape(full), str(full.dtype))
-    return Term({"full": full}, FrozenMapping({"full": (None, None)}), FULL_COPY, adapter.config, name, (site,))
+    layout = (STACK if layer_paths(path) else "") + VOCABULARY + OUTPUT
+    site = Site(parent(path), path, None, layout, jnp.shape(full), str(full.dtype))
+    stack = [axis for group in weight_axes(layout, site.shape) for axis in group if axis.role == STACK]
+    labels = FrozenMapping({"full": (*stack, None, None)})
+    return Term({"full": full}, labels, FULL_COPY, adapter.config, name, (site,))
 
 
 def _term(name: str, adapter: Adapter, method: Method, path: str, site: Site, rng: Rng | None) -> Term:

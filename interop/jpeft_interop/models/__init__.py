@@ -1,16 +1,25 @@
 """Base models of the Hugging Face families, in Flax NNX: parameters named as in `transformers`, as a plain dict."""
 
+from ._cache import Cache as Cache
 from ._model import FlaxModel as FlaxModel
 from ._outputs import (
     BaseModelOutput as BaseModelOutput,
     BaseModelOutputWithPooling as BaseModelOutputWithPooling,
+    ClassifierOutput as ClassifierOutput,
     LMOutput as LMOutput,
-    SequenceClassifierOutput as SequenceClassifierOutput,
+    QuestionAnsweringOutput as QuestionAnsweringOutput,
+    Seq2SeqLMOutput as Seq2SeqLMOutput,
+    Seq2SeqModelOutput as Seq2SeqModelOutput,
 )
 from .auto import (
     FAMILIES as FAMILIES,
     FlaxAutoModel as FlaxAutoModel,
     FlaxAutoModelForCausalLM as FlaxAutoModelForCausalLM,
+    FlaxAutoModelForImageClassification as FlaxAutoModelForImageClassification,
     FlaxAutoModelForMaskedLM as FlaxAutoModelForMaskedLM,
+    FlaxAutoModelForQuestionAnswering as FlaxAutoModelForQuestionAnswering,
+    FlaxAutoModelForSeq2SeqLM as FlaxAutoModelForSeq2SeqLM,
     FlaxAutoModelForSequenceClassification as FlaxAutoModelForSequenceClassification,
+    FlaxAutoModelForSpeechSeq2Seq as FlaxAutoModelForSpeechSeq2Seq,
+    FlaxAutoModelForTokenClassification as FlaxAutoModelForTokenClassification,
 )

@@ -1,9 +1,15 @@
-"""Attention and the masks it takes, from the inputs that a Hugging Face model is called with."""
+"""Attention, who may look at whom in it, and the context that all layers of one call share."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 import jax
 import jax.numpy as jnp
+
+from ._cache import Cache, Memory, padded_to
+
+Rotary = tuple[jax.Array, jax.Array]
+"""Cosines and sines, as `rotary_tables` makes them."""
 
 
 @dataclass(frozen=True)
@@ -19,9 +25,44 @@ class AttentionMask:
     window: int | None = None
 
 
+@dataclass(frozen=True)
+class Context:
+    """What every layer of a call is given beside its input.
+
+    `masks` and `rotary`: by kind of attention, for models whose layers differ in it. `start`: the slot of the cache
+    that the first token goes to; None without a cache. `capacity`: the length of the cache to be made, if one is.
+    `bias`: what is added to the scores of every layer, for models whose positions are there. `encoded`: the encoder's
+    output, for a decoder that attends to it; None where the cache holds its keys and values.
+    """
+
+    masks: Mapping[str, AttentionMask]
+    rotary: Mapping[str, Rotary] = field(default_factory=dict)
+    start: jax.Array | None = None
+    capacity: int | None = None
+    bias: jax.Array | None = None
+    encoded: jax.Array | None = None
+
+
+def remember(
+    memory: Memory | None, context: Context, key: jax.Array, value: jax.Array
+) -> tuple[jax.Array, jax.Array, Memory | None]:
+    """The keys and values to attend to, `(batch, keys, kv_heads, head_dim)`, and the layer's memory with them."""
+    if context.start is not None and memory is not None:
+        at = (0, context.start, 0, 0)
+        new = {
+            "key": jax.lax.dynamic_update_slice(memory["key"], key.astype(memory["key"].dtype), at),
+            "value": jax.lax.dynamic_update_slice(memory["value"], value.astype(memory["value"].dtype), at),
+        }
+        return new["key"].astype(key.dtype), new["value"].astype(value.dtype), {**memory, **new}
+    if context.capacity is not None:
+        return key, value, {"key": padded_to(key, context.capacity), "value": padded_to(value, context.capacity)}
+    return key, value, None
+
+
 def bidirectional_mask(attention_mask: jax.Array | None, batch: int, length: int) -> AttentionMask:
     """Every token sees every token that `attention_mask (batch, length)` marks with a nonzero value."""
-    return AttentionMask(_padding(attention_mask, batch, length))
+    seen = visible(attention_mask, batch, length)
+    return AttentionMask(None if seen is None else seen[:, None, None, :])
 
 
 def causal_mask(
@@ -39,10 +80,29 @@ def causal_mask(
     """
     if attention_mask is None and position_ids is not None:
         return AttentionMask(_same_sequence(position_ids), causal=True, window=window)
-    return AttentionMask(_padding(attention_mask, batch, length), causal=True, window=window)
+    seen = visible(attention_mask, batch, length)
+    return AttentionMask(None if seen is None else seen[:, None, None, :], causal=True, window=window)
 
 
-def _padding(attention_mask: jax.Array | None, batch: int, length: int) -> jax.Array | None:
+def cached_mask(mask: jax.Array, start: jax.Array, length: int, *, window: int | None = None) -> AttentionMask:
+    """What `length` tokens, put into the cache from slot `start` on, see of its slots `mask (batch, capacity)`."""
+    queries = start + jnp.arange(length)[:, None]
+    keys = jnp.arange(mask.shape[1])[None, :]
+    allowed = keys <= queries
+    if window is not None:
+        allowed &= keys > queries - window
+    return AttentionMask(allowed[None, None] & mask[:, None, None, :])
+
+
+def cache_mask(cache: Cache, attention_mask: jax.Array | None, batch: int, length: int) -> jax.Array:
+    """The mask of the cache's slots once `length` more tokens are in it; `attention_mask` is that of the new ones."""
+    seen = visible(attention_mask, batch, length)
+    seen = jnp.ones((batch, length), bool) if seen is None else seen
+    return jax.lax.dynamic_update_slice(cache.mask, seen, (0, cache.length))
+
+
+def visible(attention_mask: jax.Array | None, batch: int, length: int) -> jax.Array | None:
+    """The attention mask as bool `(batch, length)`. Raises ValueError for another shape."""
     if attention_mask is None:
         return None
     if attention_mask.shape != (batch, length):
@@ -50,7 +110,7 @@ def _padding(attention_mask: jax.Array | None, batch: int, length: int) -> jax.A
             f"attention_mask must be (batch, length) = {(batch, length)}, nonzero where there is a token; "
             f"got {attention_mask.shape}"
         )
-    return attention_mask.astype(bool)[:, None, None, :]
+    return attention_mask.astype(bool)
 
 
 def _same_sequence(position_ids: jax.Array) -> jax.Array:
@@ -71,23 +131,65 @@ def split_heads(x: jax.Array, head_dim: int) -> jax.Array:
 
 
 def attend(
-    query: jax.Array, key: jax.Array, value: jax.Array, mask: AttentionMask, *, scale: float | None = None
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    mask: AttentionMask,
+    *,
+    scale: float | None = None,
+    bias: jax.Array | None = None,
+    softcap: float | None = None,
 ) -> jax.Array:
     """Scaled dot-product attention, softmax in float32; the heads come back joined.
 
-    Shapes: query `(batch, length, heads, head_dim)`, key and value `(batch, length, kv_heads, head_dim)` where
+    Shapes: query `(batch, length, heads, head_dim)`, key and value `(batch, keys, kv_heads, head_dim)` where
     `kv_heads` divides `heads`; the result is `(batch, length, heads * head_dim)`. `scale` defaults to
-    `head_dim ** -0.5`. A query that may see nothing (a padding token) gets some finite value.
+    `head_dim ** -0.5`. `bias`, added to the scores, broadcasts to `(batch, heads, length, keys)`. `softcap` bounds
+    the scores by `softcap * tanh(scores / softcap)`. A query that may see nothing gets some finite value.
     """
+    if softcap is not None:
+        return _attend_capped(query, key, value, mask, scale=scale, softcap=softcap)
     # JAX's own code mixes bfloat16 and float32 here, which a caller's strict promotion would refuse.
     with jax.numpy_dtype_promotion("standard"):
         output = jax.nn.dot_product_attention(
             query,
             key,
             value,
+            bias=bias,
             mask=mask.allowed,
             scale=scale,
             is_causal=mask.causal,
             local_window_size=None if mask.window is None else (mask.window - 1, 0),
         )
     return output.reshape(*output.shape[:-2], -1)
+
+
+def _attend_capped(
+    query: jax.Array, key: jax.Array, value: jax.Array, mask: AttentionMask, *, scale: float | None, softcap: float
+) -> jax.Array:
+    """`attend` written out, for jax.nn.dot_product_attention has no place for the cap."""
+    groups = key.shape[2]
+    grouped = query.reshape(*query.shape[:2], groups, -1, query.shape[-1])
+    scores = jnp.einsum("bqgnd,bkgd->bgnqk", grouped, key).astype(jnp.float32)
+    scores = scores * (query.shape[-1] ** -0.5 if scale is None else scale)
+    scores = softcap * jnp.tanh(scores / softcap)
+    allowed = _written_out(mask, query.shape[1], key.shape[1])
+    if allowed is not None:
+        allowed = jnp.broadcast_to(allowed, (allowed.shape[0], query.shape[2], *allowed.shape[2:]))
+        allowed = allowed.reshape(allowed.shape[0], groups, -1, *allowed.shape[2:])
+        scores = jnp.where(allowed, scores, jnp.finfo(jnp.float32).min)
+    weights = jax.nn.softmax(scores, axis=-1).astype(value.dtype)
+    output = jnp.einsum("bgnqk,bkgd->bqgnd", weights, value)
+    return output.reshape(*query.shape[:2], -1)
+
+
+def _written_out(mask: AttentionMask, queries: int, keys: int) -> jax.Array | None:
+    distance = jnp.arange(queries)[:, None] - jnp.arange(keys)[None, :]
+    allowed = mask.allowed
+    if mask.causal:
+        causal = (distance >= 0)[None, None]
+        allowed = causal if allowed is None else allowed & causal
+    if mask.window is not None:
+        near = (distance < mask.window)[None, None]
+        allowed = near if allowed is None else allowed & near
+    return allowed

@@ -37,6 +37,8 @@ _TRAINING = "initializer_range initializer_factor label_smoothing pretraining_tp
 BOOKKEEPING = frozenset(f"{_DESCRIPTION} {_DROPOUT} {_GENERATION} {_TRAINING}".split())
 """Keys that do not change what a model computes: it has no dropout here, and generation is another matter."""
 
+GENERATION_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id")
+
 IMPLEMENTED: Mapping[str, tuple[Any, ...]] = {
     "is_decoder": (False,),
     "is_encoder_decoder": (False,),
@@ -103,6 +105,13 @@ def read_json(source: Mapping[str, Any] | str | Path) -> dict[str, Any]:
     if not path.is_file():
         raise FileNotFoundError(f"there is no config.json at {path}: give a dict, the file or its folder")
     return json.loads(path.read_text(encoding="utf-8"))
+
+
+def read_generation_config(folder: Path) -> dict[str, Any]:
+    """What a folder's generation_config.json says of tokens: those that begin, end and fill a text, and no more."""
+    path = folder / "generation_config.json"
+    raw = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return {key: raw[key] for key in GENERATION_TOKENS if raw.get(key) is not None}
 
 
 def number_of_labels(raw: Mapping[str, Any]) -> int:

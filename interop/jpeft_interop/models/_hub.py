@@ -4,7 +4,7 @@ from pathlib import Path
 
 from .._hub import existing_folder, hub_library
 
-WANTED = ["config.json", "*.safetensors", "*.safetensors.index.json"]
+WANTED = ["config.json", "generation_config.json", "*.safetensors", "*.safetensors.index.json"]
 """Files of a Hub repository that are downloaded: no pickles."""
 
 

@@ -6,55 +6,21 @@ allocates nothing. The arrays come from outside, as the plain dict given to `Fla
 The dtype of the activations decides the dtype of the computation: every parameter is cast to it where it is used.
 """
 
-import math
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
-from functools import partial
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
-Initialiser = Callable[[jax.Array, tuple[int, ...], Any, float], jax.Array]
-"""`(key, shape, dtype, initializer_range of the config) -> array`."""
-
-
-def normal(key: jax.Array, shape: tuple[int, ...], dtype: Any, std: float) -> jax.Array:
-    """Normal values of standard deviation `std`, drawn in float32."""
-    return (std * jax.random.normal(key, shape, jnp.float32)).astype(dtype)
-
-
-def zeros(key: jax.Array, shape: tuple[int, ...], dtype: Any, std: float) -> jax.Array:
-    """Zeros."""
-    return jnp.zeros(shape, dtype)
-
-
-def ones(key: jax.Array, shape: tuple[int, ...], dtype: Any, std: float) -> jax.Array:
-    """Ones."""
-    return jnp.ones(shape, dtype)
-
-
-@dataclass(frozen=True)
-class Stored:
-    """How a checkpoint holds a parameter: the torch name of the leaf, and `ours = theirs.transpose(axes)`."""
-
-    name: str
-    axes: tuple[int, ...]
-
-
-def parameter(shape: tuple[int, ...], initial: Initialiser, stored: Stored) -> nnx.Param:
-    """A parameter without a value, which knows its initial value and its place in a checkpoint."""
-    return nnx.Param(jax.ShapeDtypeStruct(shape, jnp.float32), initial=initial, stored=stored)
+from ._activations import activation
+from ._parameters import normal, ones, parameter, whole, zeros
 
 
 class Linear(nnx.Module):
     """`y = x @ kernel + bias`, kernel `(in, out)`: torch's `nn.Linear`, whose weight is `(out, in)`."""
 
     def __init__(self, in_features: int, out_features: int, *, bias: bool = True):
-        self.kernel = parameter((in_features, out_features), normal, Stored("weight", (1, 0)))
-        self.bias = parameter((out_features,), zeros, Stored("bias", (0,))) if bias else None
+        self.kernel = parameter((in_features, out_features), normal, whole("weight", (1, 0)))
+        self.bias = parameter((out_features,), zeros, whole("bias", (0,))) if bias else None
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """`(..., in) -> (..., out)`."""
@@ -62,11 +28,23 @@ class Linear(nnx.Module):
         return y if self.bias is None else y + self.bias[...].astype(x.dtype)
 
 
+class Conv1D(nnx.Module):
+    """`y = x @ kernel + bias` like `Linear`, but stored `(in, out)`: the `Conv1D` of GPT-2."""
+
+    def __init__(self, in_features: int, out_features: int):
+        self.kernel = parameter((in_features, out_features), normal, whole("weight", (0, 1)))
+        self.bias = parameter((out_features,), zeros, whole("bias", (0,)))
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """`(..., in) -> (..., out)`."""
+        return x @ self.kernel[...].astype(x.dtype) + self.bias[...].astype(x.dtype)
+
+
 class Embed(nnx.Module):
     """Lookup in a table `embedding (num_embeddings, features)`: torch's `nn.Embedding`."""
 
     def __init__(self, num_embeddings: int, features: int):
-        self.embedding = parameter((num_embeddings, features), normal, Stored("weight", (0, 1)))
+        self.embedding = parameter((num_embeddings, features), normal, whole("weight", (0, 1)))
 
     def __call__(self, ids: jax.Array, dtype: DTypeLike | None = None) -> jax.Array:
         """`(...) int -> (..., features)`, in `dtype` or that of the table. An id outside the table gives NaN."""
@@ -79,44 +57,51 @@ class Embed(nnx.Module):
         return x @ self.embedding[...].astype(x.dtype).T
 
 
+def normalised(x: jax.Array, eps: float) -> jax.Array:
+    """`x (..., features)` over the root of its mean square, in float32."""
+    wide = x.astype(jnp.float32)
+    return wide * jax.lax.rsqrt(jnp.square(wide).mean(-1, keepdims=True) + eps)
+
+
 class LayerNorm(nnx.Module):
     """Layer normalisation with scale and bias, computed in float32."""
 
     def __init__(self, features: int, *, eps: float):
-        self.scale = parameter((features,), ones, Stored("weight", (0,)))
-        self.bias = parameter((features,), zeros, Stored("bias", (0,)))
+        self.scale = parameter((features,), ones, whole("weight", (0,)))
+        self.bias = parameter((features,), zeros, whole("bias", (0,)))
         self.eps = eps
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """`(..., features) -> (..., features)`."""
         wide = x.astype(jnp.float32)
-        centred = wide - wide.mean(-1, keepdims=True)
-        normed = centred * jax.lax.rsqrt(jnp.square(centred).mean(-1, keepdims=True) + self.eps)
-        return (normed * self.scale[...].astype(jnp.float32) + self.bias[...].astype(jnp.float32)).astype(x.dtype)
+        y = normalised(wide - wide.mean(-1, keepdims=True), self.eps)
+        return (y * self.scale[...].astype(jnp.float32) + self.bias[...].astype(jnp.float32)).astype(x.dtype)
 
 
 class RMSNorm(nnx.Module):
     """Root-mean-square normalisation: statistics in float32, scaled after the cast back, as Llama does."""
 
     def __init__(self, features: int, *, eps: float):
-        self.scale = parameter((features,), ones, Stored("weight", (0,)))
+        self.scale = parameter((features,), ones, whole("weight", (0,)))
         self.eps = eps
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """`(..., features) -> (..., features)`."""
-        wide = x.astype(jnp.float32)
-        normed = wide * jax.lax.rsqrt(jnp.square(wide).mean(-1, keepdims=True) + self.eps)
-        return normed.astype(x.dtype) * self.scale[...].astype(x.dtype)
+        return normalised(x, self.eps).astype(x.dtype) * self.scale[...].astype(x.dtype)
 
 
-def numbered(modules: Iterable[nnx.Module]) -> nnx.Dict:
-    """The layers of a `torch.nn.ModuleList`: a module with children "0", "1", ..."""
-    return nnx.Dict({str(index): module for index, module in enumerate(modules)})
+class GatedMLP(nnx.Module):
+    """`down_proj(act(gate_proj(x)) * up_proj(x))`: the feed-forward block of Llama and most decoders since."""
 
+    def __init__(self, features: int, hidden: int, act: str, *, bias: bool = False):
+        self.gate_proj = Linear(features, hidden, bias=bias)
+        self.up_proj = Linear(features, hidden, bias=bias)
+        self.down_proj = Linear(hidden, features, bias=bias)
+        self.act = act
 
-def in_order(layers: nnx.Dict) -> Iterator[Any]:
-    """The children of `numbered` by their number: NNX sorts names as text, "10" before "2"."""
-    return (layers[str(index)] for index in range(len(layers)))
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """`(..., features) -> (..., features)`."""
+        return self.down_proj(activation(self.act)(self.gate_proj(x)) * self.up_proj(x))
 
 
 def embed_tokens(
@@ -138,34 +123,3 @@ def embed_tokens(
     if input_ids.ndim != 2 or not jnp.issubdtype(input_ids.dtype, jnp.integer):
         raise ValueError(f"input_ids must be integers (batch, length), got {input_ids.dtype} {input_ids.shape}")
     return table(input_ids, dtype)
-
-
-def _quick_gelu(x: jax.Array) -> jax.Array:
-    return x * jax.nn.sigmoid(1.702 * x)
-
-
-def _gelu_erf(x: jax.Array) -> jax.Array:
-    return 0.5 * x * (1.0 + jax.lax.erf(x * math.sqrt(0.5)))
-
-
-ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
-    # Written out: jax.nn.gelu(approximate=False) is made of erfc, 2.7 times as slow on CPU (4096 x 1536 floats).
-    "gelu": _gelu_erf,
-    "gelu_python": _gelu_erf,
-    "gelu_new": partial(jax.nn.gelu, approximate=True),
-    "gelu_fast": partial(jax.nn.gelu, approximate=True),
-    "gelu_pytorch_tanh": partial(jax.nn.gelu, approximate=True),
-    "quick_gelu": _quick_gelu,
-    "relu": jax.nn.relu,
-    "silu": jax.nn.silu,
-    "swish": jax.nn.silu,
-    "tanh": jnp.tanh,
-}
-"""Activations by the name that a config gives them (`hidden_act`)."""
-
-
-def activation(name: str) -> Callable[[jax.Array], jax.Array]:
-    """The activation that a config calls `name`. Raises ValueError for an unknown one, with those that are known."""
-    if name not in ACTIVATIONS:
-        raise ValueError(f"activation {name!r} is not known; known ones: {', '.join(sorted(ACTIVATIONS))}")
-    return ACTIVATIONS[name]

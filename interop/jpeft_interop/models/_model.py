@@ -1,39 +1,21 @@
 """The model object: a description of the network, its parameters as a plain dict, and a pure function of both."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-import jax
 import jax.numpy as jnp
-from flax import nnx
-from jax.typing import ArrayLike, DTypeLike
+from jax.typing import ArrayLike
 
-from ._family import Architecture, Family
-from ._leaves import Leaf, check_paths, flatten, leaves_of, nest
+from jpeft import PeftParams
+
+from ._blueprint import Blueprint, Params, run_network
+from ._cache import Cache
+from ._decoding import LogitsProcessor
+from ._generate import GenerationOutput, generate
+from ._leaves import check_paths, flatten
 from ._saving import write_checkpoint
-
-Params = dict[str, Any]
-"""Nested dict of arrays: the modules of the `transformers` class, then `kernel`, `bias`, `embedding` or `scale`."""
-
-
-@dataclass(frozen=True)
-class Blueprint:
-    """A network without parameters: what `FlaxModel` is made of. `dtype` is that of the computation."""
-
-    family: Family
-    architecture: Architecture
-    config: Any
-    graphdef: Any = field(repr=False)
-    leaves: Mapping[str, Leaf] = field(repr=False)
-
-
-def blueprint(family: Family, architecture: Architecture, config: Any, dtype: DTypeLike | None) -> Blueprint:
-    """Build the network of a config; allocates nothing."""
-    module = architecture.module(config, None if dtype is None else jnp.dtype(dtype))
-    graphdef, state = nnx.split(module)
-    return Blueprint(family, architecture, config, graphdef, leaves_of(state))
 
 
 # Compared by identity: `jax.jit(model.apply)` hashes the model, and its parameters have no hash.
@@ -51,14 +33,35 @@ class FlaxModel:
     config_dict: Mapping[str, Any] = field(repr=False)
     name_or_path: str | None
     blueprint: Blueprint = field(repr=False)
+    generation_config: Mapping[str, Any] = field(default_factory=dict, repr=False)
 
-    def apply(self, params: Params, input_ids: ArrayLike | None = None, **inputs: ArrayLike | None) -> Any:
+    @property
+    def layouts(self) -> Mapping[str, str]:
+        """For `jpeft.wrap(params, config, layouts=model.layouts)`: of weights whose shape does not tell the layout."""
+        return self.blueprint.family.layouts
+
+    def apply(
+        self,
+        params: Params,
+        input_ids: ArrayLike | None = None,
+        *,
+        past_key_values: Cache | None = None,
+        cache_length: int | None = None,
+        output_hidden_states: bool = False,
+        logits_to_keep: int | None = None,
+        **inputs: ArrayLike | None,
+    ) -> Any:
         """Run the network: a pure function of `params` and the inputs, for use under jit, grad, vmap and scan.
 
         `params` has the structure of `self.params`. Inputs are those of the PyTorch class: `input_ids (batch,
         length)` or `inputs_embeds (batch, length, hidden)`; `attention_mask (batch, length)`, nonzero where there is
-        a token; `position_ids`, `token_type_ids (batch, length)` where the model has them. Returns a dataclass with
-        `logits`, or `last_hidden_state` (and `pooler_output`).
+        a token; `position_ids`, `token_type_ids (batch, length)`, `decoder_input_ids`, `pixel_values`, ... where the
+        model has them. Returns a dataclass with the names of `transformers`: `logits`, or `last_hidden_state`.
+
+        The rest is static under jit. `output_hidden_states`: whether to return `hidden_states`. `logits_to_keep`: of
+        a causal language model, return the logits of that many last tokens only. `cache_length`: return
+        `past_key_values`, a cache with room for so many tokens, to be given with the tokens that follow; their
+        `attention_mask` is that of the new tokens alone.
 
         Raises TypeError for an input that the model does not take, ValueError for a wrong shape or structure.
 
@@ -69,15 +72,94 @@ class FlaxModel:
         (1, 3, 8)
         """
         given = {name: value for name, value in {"input_ids": input_ids, **inputs}.items() if value is not None}
-        takes = self.blueprint.family.inputs
-        if unknown := given.keys() - set(takes):
+        static = {
+            "past_key_values": past_key_values,
+            "cache_length": cache_length,
+            "output_hidden_states": output_hidden_states or None,
+            "logits_to_keep": logits_to_keep,
+        }
+        static = {name: value for name, value in static.items() if value is not None}
+        self._check_inputs({**given, **static})
+        return run_network(self.blueprint, params, {**{k: jnp.asarray(v) for k, v in given.items()}, **static})
+
+    def generate(
+        self,
+        params: Params | PeftParams,
+        input_ids: ArrayLike | None = None,
+        *,
+        max_new_tokens: int = 20,
+        eos_token_id: int | Sequence[int] | None = None,
+        pad_token_id: int | None = None,
+        do_sample: bool = False,
+        temperature: float = 1.0,
+        top_k: int | None = 50,
+        top_p: float = 1.0,
+        seed: int = 0,
+        num_beams: int = 1,
+        length_penalty: float = 1.0,
+        early_stopping: bool | Literal["never"] = False,
+        num_return_sequences: int = 1,
+        logits_processor: LogitsProcessor | None = None,
+        **inputs: ArrayLike | None,
+    ) -> GenerationOutput:
+        """Continue a text, or answer the input of an encoder: greedy by default, as `transformers` does it.
+
+        `params`: those of the model, or what `jpeft.wrap` made of them. `input_ids (batch, length)`, with its
+        `attention_mask` where rows are padded, on either side; other inputs as for `apply`, among them
+        `decoder_input_ids` for the beginning of the output. `eos_token_id`: the tokens that end a sequence, after
+        which comes `pad_token_id`; by default those of generation_config.json or the config. Of that file nothing
+        else is read.
+
+        `do_sample` draws from the distribution, changed by `temperature` (above 0), then cut to the `top_k` likeliest
+        tokens, then to the fewest whose probabilities sum to `top_p` (above 0, at most 1); `seed` decides the draw.
+        `num_beams`: width of a beam search. `length_penalty`: power of the length that scores are divided by.
+        `early_stopping`: True stops at `num_beams` finished sequences, False when a better one is unlikely, "never"
+        when it is impossible. `num_return_sequences`: how many sequences for each row; at most `num_beams` of a
+        search. `logits_processor(sequences, logits, end) -> logits` may forbid or favour tokens before each choice
+        (log-probabilities in a beam search); `sequences[:, :end]` is the text so far.
+
+        It compiles once for a shape of input, `max_new_tokens` and the other whole-number settings. Raises TypeError
+        if the model is of a task that does not generate, ValueError for settings out of their range.
+
+        >>> from jpeft_interop.models import FlaxAutoModelForCausalLM
+        >>> sizes = dict(vocab_size=9, hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8)
+        >>> model = FlaxAutoModelForCausalLM.from_config({"model_type": "llama", **sizes})
+        >>> model.generate(model.params, [[1, 2, 3]], max_new_tokens=2).sequences.shape
+        (1, 5)
+        """
+        self._check_inputs({name for name, value in {"input_ids": input_ids, **inputs}.items() if value is not None})
+        return generate(
+            self,
+            params,
+            {"input_ids": input_ids, **inputs},
+            max_new_tokens=max_new_tokens,
+            eos_token_id=eos_token_id,
+            pad_token_id=pad_token_id,
+            do_sample=do_sample,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            seed=seed,
+            num_beams=num_beams,
+            length_penalty=length_penalty,
+            early_stopping=early_stopping,
+            num_return_sequences=num_return_sequences,
+            logits_processor=logits_processor,
+        )
+
+    def _check_inputs(self, given: Collection[str]) -> None:
+        family, architecture = self.blueprint.family, self.blueprint.architecture
+        takes = {*family.inputs, "output_hidden_states"}
+        if family.decodes:
+            takes |= {"past_key_values", "cache_length"}
+        predicting = [family.architectures.get(task) for task in ("causal-lm", "seq2seq-lm", "speech-seq2seq")]
+        if family.decodes and architecture in predicting:
+            takes |= {"logits_to_keep"}
+        if unknown := set(given) - takes:
             raise TypeError(
-                f"{self.blueprint.architecture.name} takes {', '.join(takes)}; "
+                f"{architecture.name} takes {', '.join(family.inputs)}; "
                 f"got {', '.join(sorted(unknown))} (a loss is computed from the logits, outside the model)"
             )
-        check_paths(params, self.blueprint.leaves)
-        module = nnx.merge(self.blueprint.graphdef, params)
-        return module(**{name: jnp.asarray(value) for name, value in given.items()})
 
     def save_pretrained(
         self, directory: str | Path, params: Params | None = None, *, max_shard_bytes: int = 5 * 10**9
@@ -100,8 +182,3 @@ class FlaxModel:
             "dtype": jnp.dtype(next(iter(arrays.values())).dtype).name,
         }
         write_checkpoint(Path(directory), rest | described, self.blueprint.leaves, arrays, max_shard_bytes)
-
-
-def abstract_params(leaves: Mapping[str, Leaf], dtype: DTypeLike) -> Params:
-    """`jax.ShapeDtypeStruct`s in place of the parameters."""
-    return nest({path: jax.ShapeDtypeStruct(leaf.shape, jnp.dtype(dtype)) for path, leaf in leaves.items()})

@@ -1,16 +1,26 @@
-"""What a model returns: frozen dataclasses registered as pytrees, with the field names of `transformers`."""
+"""What a model returns: frozen dataclasses registered as pytrees, with the field names of `transformers`.
+
+Fields that a call did not ask for, or that a model does not have, are None.
+"""
 
 from dataclasses import dataclass
 
 import jax
 
+from ._cache import Cache
+
+HiddenStates = tuple[jax.Array, ...] | None
+"""The embeddings, what each layer but the last made of them, and the last hidden state."""
+
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class BaseModelOutput:
-    """`last_hidden_state (batch, length, hidden)`."""
+    """`last_hidden_state (batch, length, hidden)`; with a cache, `past_key_values`."""
 
     last_hidden_state: jax.Array
+    past_key_values: Cache | None = None
+    hidden_states: HiddenStates = None
 
 
 @jax.tree_util.register_dataclass
@@ -19,7 +29,8 @@ class BaseModelOutputWithPooling:
     """`last_hidden_state (batch, length, hidden)` and `pooler_output (batch, hidden)`."""
 
     last_hidden_state: jax.Array
-    pooler_output: jax.Array
+    pooler_output: jax.Array | None = None
+    hidden_states: HiddenStates = None
 
 
 @jax.tree_util.register_dataclass
@@ -28,11 +39,48 @@ class LMOutput:
     """`logits (batch, length, vocab)`, of a causal or a masked language model."""
 
     logits: jax.Array
+    past_key_values: Cache | None = None
+    hidden_states: HiddenStates = None
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
-class SequenceClassifierOutput:
-    """`logits (batch, num_labels)`."""
+class Seq2SeqModelOutput:
+    """`last_hidden_state (batch, length, hidden)` of the decoder, and that of the encoder unless a cache was given."""
+
+    last_hidden_state: jax.Array
+    encoder_last_hidden_state: jax.Array | None = None
+    past_key_values: Cache | None = None
+    decoder_hidden_states: HiddenStates = None
+    encoder_hidden_states: HiddenStates = None
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Seq2SeqLMOutput:
+    """`logits (batch, length, vocab)` of the decoder, and the last hidden state of the encoder."""
 
     logits: jax.Array
+    encoder_last_hidden_state: jax.Array | None = None
+    past_key_values: Cache | None = None
+    decoder_hidden_states: HiddenStates = None
+    encoder_hidden_states: HiddenStates = None
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class ClassifierOutput:
+    """`logits (batch, labels)` of a sequence or an image, or `(batch, length, labels)` of its tokens."""
+
+    logits: jax.Array
+    hidden_states: HiddenStates = None
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class QuestionAnsweringOutput:
+    """`start_logits` and `end_logits (batch, length)` of the answer's first and last token."""
+
+    start_logits: jax.Array
+    end_logits: jax.Array
+    hidden_states: HiddenStates = None

@@ -1,7 +1,8 @@
 """Rotary position embeddings (RoFormer, https://arxiv.org/abs/2104.09864) and the ways to stretch them.
 
 Stretching: `linear` (position interpolation, https://arxiv.org/abs/2306.15595), `dynamic` (NTK-aware), `yarn`
-(https://arxiv.org/abs/2309.00071), `llama3` (Llama 3.1, https://arxiv.org/abs/2407.21783).
+(https://arxiv.org/abs/2309.00071), `llama3` (Llama 3.1, https://arxiv.org/abs/2407.21783), `longrope`
+(https://arxiv.org/abs/2402.13753).
 """
 
 import math
@@ -36,6 +37,8 @@ class Rope:
     mscale: float | None = None
     mscale_all_dim: float | None = None
     truncate: bool = True
+    short_factor: tuple[float, ...] | None = None
+    long_factor: tuple[float, ...] | None = None
 
 
 def read_rope(
@@ -73,9 +76,12 @@ def read_rope(
         refuse("rope_parameters", unknown, f"keys of {rope_type!r}: {known}", _MEND)
     if "original_max_position_embeddings" in kind.optional:
         given.setdefault("original_max_position_embeddings", max_positions)
+        if raw.get("original_max_position_embeddings"):  # Phi-3 states it beside, and there it counts for more.
+            given["original_max_position_embeddings"] = raw["original_max_position_embeddings"]
     if missing := [key for key in kind.required if key not in given]:
         raise ValueError(f"rope_parameters of rope_type {rope_type!r} must give {', '.join(missing)}; got {given}")
-    return Rope(dim=int(head_dim * partial_rotary_factor), max_positions=max_positions, rope_type=rope_type, **given)
+    dim = int(head_dim * partial_rotary_factor)
+    return Rope(dim, max_positions, rope_type, **kind.completed(given, dim, max_positions))
 
 
 def rotary_tables(rope: Rope, positions: jax.Array, dtype: Any) -> tuple[jax.Array, jax.Array]:
@@ -157,11 +163,31 @@ def _yarn_scaling(rope: Rope) -> float:
     return temperature(1.0)
 
 
+def _longrope(rope: Rope, positions: jax.Array) -> tuple[Any, float]:
+    short, long = (np.asarray(factor, np.float32) for factor in (rope.short_factor, rope.long_factor))
+    trained = rope.original_max_position_embeddings or rope.max_positions
+    # All positions of a call turn alike: the keys of a cache that was filled by shorter calls stay as they are.
+    factors = jnp.where(positions.max() + 1 > trained, long, short)
+    scaling = 1.0 if rope.factor <= 1 else math.sqrt(1 + math.log(rope.factor) / math.log(trained))
+    return _inverse_frequencies(rope) / factors, scaling if rope.attention_factor is None else rope.attention_factor
+
+
+def _completed_longrope(given: Mapping[str, Any], dim: int, max_positions: int) -> dict[str, Any]:
+    factors = {name: tuple(given[name]) for name in ("short_factor", "long_factor")}
+    for name, values in factors.items():
+        if len(values) != dim // 2:
+            raise ValueError(f"rope_parameters hold {len(values)} numbers as {name}; expected {dim // 2}, one a pair")
+    return {"factor": max_positions / given["original_max_position_embeddings"], **given, **factors}
+
+
 @dataclass(frozen=True)
 class _Type:
+    """`completed(given, dim, max_positions)`: the settings with those that follow from others."""
+
     frequencies: Frequencies
     required: tuple[str, ...] = ()
     optional: tuple[str, ...] = ()
+    completed: Callable[[Mapping[str, Any], int, int], Mapping[str, Any]] = lambda given, dim, max_positions: given
 
 
 _YARN_OPTIONS = ("attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate")
@@ -172,4 +198,10 @@ _TYPES: dict[str, _Type] = {
     "dynamic": _Type(_dynamic, ("factor",)),
     "llama3": _Type(_llama3, ("factor", "low_freq_factor", "high_freq_factor"), ("original_max_position_embeddings",)),
     "yarn": _Type(_yarn, ("factor",), ("original_max_position_embeddings", *_YARN_OPTIONS)),
+    "longrope": _Type(
+        _longrope,
+        ("short_factor", "long_factor"),
+        ("original_max_position_embeddings", "factor", "attention_factor"),
+        _completed_longrope,
+    ),
 }

@@ -12,6 +12,8 @@ import numpy as np
 
 from .._files import write_tensors
 from ._leaves import Leaf
+from ._parameters import Piece
+from ._pieces import tensor_size
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -34,13 +36,11 @@ def write_checkpoint(
     stale = _weights_in(directory)
     with tempfile.TemporaryDirectory(dir=directory, prefix=".saving-") as name:
         staging = Path(name)
-        shards = _shards(arrays, max_shard_bytes)
-        for file, paths in shards.items():
-            write_tensors(
-                staging / file, {leaves[path].checkpoint_name: _theirs(arrays, leaves, path) for path in paths}
-            )
+        shards = _shards(leaves, arrays, max_shard_bytes)
+        for file, pieces in shards.items():
+            write_tensors(staging / file, {piece.name: _tensor(arrays[path], piece) for path, piece in pieces})
         if len(shards) > 1:
-            weight_map = {leaves[path].checkpoint_name: file for file, paths in shards.items() for path in paths}
+            weight_map = {piece.name: file for file, pieces in shards.items() for _, piece in pieces}
             total = sum(array.nbytes for array in arrays.values())
             _write_json(staging / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
         _write_json(staging / "config.json", raw)
@@ -51,19 +51,27 @@ def write_checkpoint(
         (directory / file).unlink(missing_ok=True)
 
 
-def _theirs(arrays: Mapping[str, jax.Array], leaves: Mapping[str, Leaf], path: str) -> np.ndarray:
-    return np.asarray(arrays[path]).transpose(np.argsort(leaves[path].stored.axes))
+def _tensor(array: jax.Array, piece: Piece) -> np.ndarray:
+    """The tensor that a piece of a leaf is in a checkpoint."""
+    whole = all(at == slice(None) for at in piece.index)
+    tensor = np.asarray(array if whole else array[piece.index]).transpose(np.argsort(piece.axes))
+    return np.array(tensor, order="C", copy=None)  # In order now, so that nothing keeps the slice.
 
 
-def _shards(arrays: Mapping[str, jax.Array], max_bytes: int) -> dict[str, list[str]]:
-    groups: list[list[str]] = [[]]
+def _shards(
+    leaves: Mapping[str, Leaf], arrays: Mapping[str, jax.Array], max_bytes: int
+) -> dict[str, list[tuple[str, Piece]]]:
+    """Which pieces, with the paths of their leaves, each file holds."""
+    groups: list[list[tuple[str, Piece]]] = [[]]
     size = 0
     for path, array in arrays.items():
-        if groups[-1] and size + array.nbytes > max_bytes:
-            groups.append([])
-            size = 0
-        groups[-1].append(path)
-        size += array.nbytes
+        for piece in leaves[path].alternatives[0]:
+            needed = tensor_size(piece, leaves[path].shape) * array.dtype.itemsize
+            if groups[-1] and size + needed > max_bytes:
+                groups.append([])
+                size = 0
+            groups[-1].append((path, piece))
+            size += needed
     if len(groups) == 1:
         return {WEIGHTS: groups[0]}
     return {f"model-{i:05}-of-{len(groups):05}.safetensors": group for i, group in enumerate(groups, 1)}

@@ -7,18 +7,63 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
-from ._config import read_json, with_labels
-from ._family import Architecture, Family
+from ._blueprint import blueprint
+from ._config import read_generation_config, read_json, with_labels
+from ._family import Architecture, Family, Options
 from ._hub import local_folder
-from ._leaves import initial_value, nest
-from ._loading import Shardings, catalogue, load, match, weight_files
-from ._model import FlaxModel, abstract_params, blueprint
+from ._leaves import abstract_value, initial_value, nest
+from ._loading import catalogue, load, match, weight_files
+from ._model import FlaxModel
+from ._shardings import Rules, placement
+from ._stack import check_remat
 from .bert import BERT
+from .bloom import BLOOM
+from .deberta import DEBERTA_V2
+from .distilbert import DISTILBERT
+from .gemma import GEMMA, GEMMA2, GEMMA3
+from .gpt2 import GPT2
+from .gpt_neox import GPT_NEOX
 from .llama import LLAMA, MISTRAL
+from .mixtral import MIXTRAL
+from .olmo import OLMO2
+from .opt import OPT
+from .phi import PHI3
+from .qwen import QWEN2, QWEN3
+from .qwen_moe import QWEN3_MOE
+from .roberta import ROBERTA, XLM_ROBERTA
+from .t5 import MT5, T5
+from .bart import BART
+from .whisper import WHISPER
 
-FAMILIES: Mapping[str, Family] = {family.model_type: family for family in (BERT, LLAMA, MISTRAL)}
+FAMILIES: Mapping[str, Family] = {
+    family.model_type: family
+    for family in (
+        DEBERTA_V2,
+        DISTILBERT,
+        ROBERTA,
+        XLM_ROBERTA,
+        BERT,
+        BLOOM,
+        GPT2,
+        GPT_NEOX,
+        OPT,
+        LLAMA,
+        MISTRAL,
+        GEMMA,
+        GEMMA2,
+        GEMMA3,
+        QWEN2,
+        QWEN3,
+        MIXTRAL,
+        OLMO2,
+        PHI3,
+        QWEN3_MOE,
+        MT5,
+        T5, BART, WHISPER)
+}
 """The families, by the `model_type` of their configs."""
 
 
@@ -34,8 +79,11 @@ class AutoModel:
         *,
         dtype: DTypeLike | None = None,
         param_dtype: DTypeLike | None = None,
+        scan_layers: bool = False,
+        remat: str | None = None,
         num_labels: int | None = None,
-        shardings: Shardings = None,
+        mesh: Mesh | None = None,
+        sharding_rules: Rules | None = None,
         rng: jax.Array | None = None,
         revision: str | None = None,
         ignore_mismatched_sizes: bool = False,
@@ -44,8 +92,14 @@ class AutoModel:
         """A model with the weights of a folder (`config.json` and safetensors), or of a Hub id.
 
         `dtype`: of the computation; None follows the embedding's. `param_dtype`: of the parameters; None keeps them
-        as stored. `num_labels`: size of the classification head. `shardings`: one `jax.sharding.Sharding` or
-        `(path, shape) -> sharding`; a device then reads only its own part of a tensor. `rng`: for a head that the
+        as stored. `scan_layers`: uniform layers become one module with stacked parameters, e.g.
+        `model.layers.0:32.self_attn.q_proj.kernel`, so that compiling takes as long for 80 layers as for one. `remat`:
+        what a layer saves for its backward pass, by the name of a `jax.checkpoint_policies`, e.g. "nothing_saveable";
+        None saves everything. `num_labels`: size of the classification head. `mesh`: spread the parameters over its
+        devices; each process reads only the parts that its devices hold. `sharding_rules`: how, as `(regular expression
+        of a path, jax.sharding.PartitionSpec)` pairs of which the first that fits counts and that leave a parameter
+        whole where none does, or as `(path, shape) -> PartitionSpec`; in a stack of layers a spec of a pair is that of
+        one layer. None splits the largest axis that can be split over all devices (FSDP). `rng`: for a head that the
         checkpoint lacks, which a UserWarning names; `ignore_mismatched_sizes` allows one of another size. It is
         `jax.random.key(0)` if not given. `ignore_config_keys`: config keys that you know to have no effect.
 
@@ -55,7 +109,11 @@ class AutoModel:
         folder = local_folder(name_or_path, revision=revision)
         raw = _labelled(read_json(folder), num_labels)
         family, architecture = _choose(raw, self.task)
-        plan = blueprint(family, architecture, family.read_config(raw, ignore_config_keys), dtype)
+        plan = blueprint(
+            family, architecture, family.read_config(raw, ignore_config_keys), _options(dtype, scan_layers, remat)
+        )
+        place = placement(mesh, sharding_rules)
+        shardings = {path: place(path, leaf.shape) for path, leaf in plan.leaves.items()}
         matched = match(
             plan.leaves,
             catalogue(weight_files(folder)),
@@ -71,7 +129,7 @@ class AutoModel:
             rng=jax.random.key(0) if rng is None else rng,
             std=plan.config.initializer_range,
         )
-        return FlaxModel(nest(arrays), plan.config, raw, str(name_or_path), plan)
+        return FlaxModel(nest(arrays), plan.config, raw, str(name_or_path), plan, read_generation_config(folder))
 
     def from_config(
         self,
@@ -82,6 +140,10 @@ class AutoModel:
         num_labels: int | None = None,
         dtype: DTypeLike | None = None,
         param_dtype: DTypeLike = jnp.float32,
+        scan_layers: bool = False,
+        remat: str | None = None,
+        mesh: Mesh | None = None,
+        sharding_rules: Rules | None = None,
         ignore_config_keys: Collection[str] = (),
     ) -> FlaxModel:
         """A model with initial values, from the dict of a config.json, that file, or its folder.
@@ -96,14 +158,25 @@ class AutoModel:
         """
         raw = _labelled(read_json(config), num_labels)
         family, architecture = _choose(raw, self.task)
-        plan = blueprint(family, architecture, family.read_config(raw, ignore_config_keys), dtype)
+        plan = blueprint(
+            family, architecture, family.read_config(raw, ignore_config_keys), _options(dtype, scan_layers, remat)
+        )
+        place = placement(mesh, sharding_rules)
+        shardings = {path: place(path, leaf.shape) for path, leaf in plan.leaves.items()}
         if abstract:
-            params = abstract_params(plan.leaves, param_dtype)
+            values = {path: abstract_value(leaf, param_dtype, shardings[path]) for path, leaf in plan.leaves.items()}
         else:
             key = jax.random.key(0) if rng is None else rng
             std = plan.config.initializer_range
-            params = nest({path: initial_value(leaf, key, param_dtype, std) for path, leaf in plan.leaves.items()})
-        return FlaxModel(params, plan.config, raw, None, plan)
+            values = {
+                path: initial_value(leaf, key, param_dtype, std, shardings[path]) for path, leaf in plan.leaves.items()
+            }
+        return FlaxModel(nest(values), plan.config, raw, None, plan)
+
+
+def _options(dtype: DTypeLike | None, scan_layers: bool, remat: str | None) -> Options:
+    check_remat(remat)
+    return Options(None if dtype is None else jnp.dtype(dtype), scan_layers, remat)
 
 
 def _labelled(raw: dict[str, Any], num_labels: int | None) -> dict[str, Any]:
@@ -130,6 +203,21 @@ FlaxAutoModelForCausalLM = AutoModel("causal-lm")
 
 FlaxAutoModelForSequenceClassification = AutoModel("sequence-classification")
 """`logits (batch, num_labels)` of a sequence."""
+
+FlaxAutoModelForTokenClassification = AutoModel("token-classification")
+"""`logits (batch, length, num_labels)` of every token."""
+
+FlaxAutoModelForQuestionAnswering = AutoModel("question-answering")
+"""`start_logits` and `end_logits (batch, length)` of the first and last token of an answer."""
+
+FlaxAutoModelForSeq2SeqLM = AutoModel("seq2seq-lm")
+"""`logits (batch, length, vocab)` of the decoder's next token."""
+
+FlaxAutoModelForSpeechSeq2Seq = AutoModel("speech-seq2seq")
+"""`logits (batch, length, vocab)` of the decoder's next token, from `input_features (batch, mels, frames)`."""
+
+FlaxAutoModelForImageClassification = AutoModel("image-classification")
+"""`logits (batch, num_labels)` of an image, `pixel_values (batch, channels, height, width)`."""
 
 FlaxAutoModelForMaskedLM = AutoModel("masked-lm")
 """`logits (batch, length, vocab)` of the masked tokens."""

@@ -2,35 +2,30 @@
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.typing import DTypeLike
 
-from ._attention import (
-    AttentionMask,
-    attend,
-    bidirectional_mask,
-    check_position_ids,
-    split_heads,
-)
+from ._activations import activation
+from ._attention import AttentionMask, attend, bidirectional_mask, split_heads
 from ._config import number_of_labels, read_fields
-from ._family import Architecture, Family
-from ._layers import (
-    Embed,
-    LayerNorm,
-    Linear,
-    Stored,
-    activation,
-    embed_tokens,
-    in_order,
-    numbered,
-    parameter,
-    zeros,
+from ._encoder import (
+    Positions,
+    check_heads,
+    counted,
+    encoder_family,
+    output_layer,
+    positions_of,
+    run_encoder,
+    scores,
 )
-from ._outputs import BaseModelOutputWithPooling, LMOutput, SequenceClassifierOutput
+from ._family import Options
+from ._layers import Embed, LayerNorm, Linear, embed_tokens
+from ._outputs import BaseModelOutputWithPooling, ClassifierOutput, LMOutput
+from ._stack import layers
 
 
 @dataclass(frozen=True)
@@ -49,6 +44,7 @@ class BertConfig:
     initializer_range: float = 0.02
     tie_word_embeddings: bool = True
     num_labels: int = 2
+    pad_token_id: int | None = 0
 
 
 _NO_EFFECT = (
@@ -62,28 +58,30 @@ _NO_EFFECT = (
 """Keys of the first conversions from TensorFlow, which no PyTorch code has ever read."""
 
 
-def read_config(raw: Mapping[str, Any], ignore: Collection[str] = ()) -> BertConfig:
-    """The `BertConfig` of a config.json. Raises ValueError for what is not implemented, by name."""
+def read_config(
+    raw: Mapping[str, Any], ignore: Collection[str] = (), *, defaults: Mapping[str, Any] | None = None
+) -> BertConfig:
+    """The `BertConfig` of a config.json, `defaults` where it is silent.
+
+    Raises ValueError for what is not implemented, by name.
+    """
+    raw = {**(defaults or {}), **raw}
     given = read_fields(
         BertConfig, raw, implemented={"position_embedding_type": ("absolute",)}, known=_NO_EFFECT, ignore=ignore
     )
     config = BertConfig(**{**given, "num_labels": number_of_labels(raw)})
-    if config.hidden_size % config.num_attention_heads:
-        raise ValueError(
-            f"hidden_size {config.hidden_size} is not a multiple of num_attention_heads {config.num_attention_heads}"
-        )
+    check_heads(config)
     activation(config.hidden_act)
     return config
 
 
 class Embeddings(nnx.Module):
-    def __init__(self, config: BertConfig, dtype: DTypeLike | None):
+    def __init__(self, config: BertConfig, options: Options, positions: Positions):
         self.word_embeddings = Embed(config.vocab_size, config.hidden_size)
         self.position_embeddings = Embed(config.max_position_embeddings, config.hidden_size)
         self.token_type_embeddings = Embed(config.type_vocab_size, config.hidden_size)
         self.LayerNorm = LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.max_positions = config.max_position_embeddings
-        self.dtype = dtype
+        self.config, self.positions, self.dtype = config, positions, options.dtype
 
     def __call__(
         self,
@@ -93,16 +91,9 @@ class Embeddings(nnx.Module):
         inputs_embeds: jax.Array | None,
     ) -> jax.Array:
         x = embed_tokens(self.word_embeddings, input_ids, inputs_embeds, self.dtype)
-        batch, length = x.shape[:2]
-        check_position_ids(position_ids, batch, length)
-        if position_ids is None:
-            if length > self.max_positions:
-                raise ValueError(
-                    f"{length} tokens exceed max_position_embeddings={self.max_positions}: truncate the input"
-                )
-            position_ids = jnp.arange(length)[None]
+        position_ids = positions_of(position_ids, input_ids, x, self.config, self.positions)
         if token_type_ids is None:
-            token_type_ids = jnp.zeros((1, length), jnp.int32)
+            token_type_ids = jnp.zeros((1, x.shape[1]), jnp.int32)
         x = x + self.token_type_embeddings(token_type_ids, x.dtype) + self.position_embeddings(position_ids, x.dtype)
         return self.LayerNorm(x)
 
@@ -122,7 +113,7 @@ class SelfAttention(nnx.Module):
 class Residual(nnx.Module):
     """A projection added to what came before, then normalised: BertSelfOutput and BertOutput."""
 
-    def __init__(self, in_features: int, config: BertConfig):
+    def __init__(self, in_features: int, config: Any):
         self.dense = Linear(in_features, config.hidden_size)
         self.LayerNorm = LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
 
@@ -140,7 +131,7 @@ class Attention(nnx.Module):
 
 
 class Intermediate(nnx.Module):
-    def __init__(self, config: BertConfig):
+    def __init__(self, config: Any):
         self.dense = Linear(config.hidden_size, config.intermediate_size)
         self.act = config.hidden_act
 
@@ -160,13 +151,12 @@ class Layer(nnx.Module):
 
 
 class Encoder(nnx.Module):
-    def __init__(self, config: BertConfig):
-        self.layer = numbered(Layer(config) for _ in range(config.num_hidden_layers))
+    def __init__(self, config: BertConfig, options: Options):
+        self.layer = layers(lambda number: Layer(config), ("layer",) * config.num_hidden_layers, options)
+        self.options = options
 
-    def __call__(self, x: jax.Array, mask: AttentionMask) -> jax.Array:
-        for layer in in_order(self.layer):
-            x = layer(x, mask)
-        return x
+    def __call__(self, x: jax.Array, mask: AttentionMask, *, collect: bool) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+        return run_encoder(self.layer, x, lambda layer, x: layer(x, mask), self.options, collect=collect)
 
 
 class Pooler(nnx.Module):
@@ -178,45 +168,48 @@ class Pooler(nnx.Module):
 
 
 class BertModel(nnx.Module):
-    """The encoder, and with `pooler` the projection of its first token."""
+    """The encoder, and with `pooler` the projection of its first token. `positions` numbers the tokens."""
 
-    def __init__(self, config: BertConfig, dtype: DTypeLike | None, *, pooler: bool = True):
-        self.embeddings = Embeddings(config, dtype)
-        self.encoder = Encoder(config)
+    def __init__(self, config: BertConfig, options: Options, *, pooler: bool = True, positions: Positions = counted):
+        self.embeddings = Embeddings(config, options, positions)
+        self.encoder = Encoder(config, options)
         self.pooler = Pooler(config) if pooler else None
 
-    def encode(
+    def __call__(
         self,
         input_ids: jax.Array | None = None,
         attention_mask: jax.Array | None = None,
         token_type_ids: jax.Array | None = None,
         position_ids: jax.Array | None = None,
         inputs_embeds: jax.Array | None = None,
-    ) -> jax.Array:
+        output_hidden_states: bool = False,
+    ) -> BaseModelOutputWithPooling:
         x = self.embeddings(input_ids, token_type_ids, position_ids, inputs_embeds)
-        return self.encoder(x, bidirectional_mask(attention_mask, *x.shape[:2]))
-
-    def __call__(self, **inputs: jax.Array) -> BaseModelOutputWithPooling:
-        x = self.encode(**inputs)
-        assert self.pooler is not None
-        return BaseModelOutputWithPooling(x, self.pooler(x))
+        mask = bidirectional_mask(attention_mask, *x.shape[:2])
+        x, entered = self.encoder(x, mask, collect=output_hidden_states)
+        pooled = None if self.pooler is None else self.pooler(x)
+        return BaseModelOutputWithPooling(x, pooled, (*entered, x) if output_hidden_states else None)
 
 
 class BertForSequenceClassification(nnx.Module):
     """A linear layer on the pooled first token."""
 
-    def __init__(self, config: BertConfig, dtype: DTypeLike | None):
-        self.bert = BertModel(config, dtype)
+    def __init__(self, config: BertConfig, options: Options):
+        self.bert = BertModel(config, options)
         self.classifier = Linear(config.hidden_size, config.num_labels)
 
-    def __call__(self, **inputs: jax.Array) -> SequenceClassifierOutput:
-        return SequenceClassifierOutput(self.classifier(self.bert(**inputs).pooler_output))
+    def __call__(self, **inputs: Any) -> ClassifierOutput:
+        output = self.bert(**inputs)
+        assert output.pooler_output is not None
+        return ClassifierOutput(self.classifier(output.pooler_output), output.hidden_states)
 
 
 class Transform(nnx.Module):
-    def __init__(self, config: BertConfig):
-        self.dense = Linear(config.hidden_size, config.hidden_size)
-        self.LayerNorm = LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+    """What comes before the scores: a layer from `hidden_size` to the `features` of the embedding."""
+
+    def __init__(self, config: Any, features: int):
+        self.dense = Linear(config.hidden_size, features)
+        self.LayerNorm = LayerNorm(features, eps=config.layer_norm_eps)
         self.act = config.hidden_act
 
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -226,54 +219,44 @@ class Transform(nnx.Module):
 class Predictions(nnx.Module):
     """Scores of every token of the vocabulary; the weight is the embedding's unless the config unties them."""
 
-    def __init__(self, config: BertConfig):
-        self.transform = Transform(config)
-        tied = config.tie_word_embeddings
-        self.bias = parameter((config.vocab_size,), zeros, Stored("bias", (0,))) if tied else None
-        self.decoder = None if tied else Linear(config.hidden_size, config.vocab_size)
+    def __init__(self, config: Any, features: int):
+        self.transform = Transform(config, features)
+        self.bias, self.decoder = output_layer(features, config)
 
     def __call__(self, x: jax.Array, embedding: Embed) -> jax.Array:
-        x = self.transform(x)
-        if self.decoder is not None:
-            return self.decoder(x)
-        assert self.bias is not None
-        return embedding.attend(x) + self.bias[...].astype(x.dtype)
+        return scores(self.transform(x), embedding, self.bias, self.decoder)
 
 
 class MaskedLMHead(nnx.Module):
-    def __init__(self, config: BertConfig):
-        self.predictions = Predictions(config)
+    def __init__(self, config: Any, features: int):
+        self.predictions = Predictions(config, features)
 
 
 class BertForMaskedLM(nnx.Module):
     """The encoder without a pooler, and the head that predicts the masked tokens."""
 
-    def __init__(self, config: BertConfig, dtype: DTypeLike | None):
-        self.bert = BertModel(config, dtype, pooler=False)
-        self.cls = MaskedLMHead(config)
+    def __init__(self, config: BertConfig, options: Options):
+        self.bert = BertModel(config, options, pooler=False)
+        self.cls = MaskedLMHead(config, config.hidden_size)
 
-    def __call__(self, **inputs: jax.Array) -> LMOutput:
-        x = self.bert.encode(**inputs)
-        return LMOutput(self.cls.predictions(x, self.bert.embeddings.word_embeddings))
+    def __call__(self, **inputs: Any) -> LMOutput:
+        output = self.bert(**inputs)
+        logits = self.cls.predictions(output.last_hidden_state, self.bert.embeddings.word_embeddings)
+        return LMOutput(logits, hidden_states=output.hidden_states)
 
 
-BERT = Family(
-    model_type="bert",
-    read_config=read_config,
-    prefix="bert",
-    inputs=("input_ids", "attention_mask", "token_type_ids", "position_ids", "inputs_embeds"),
-    architectures={
-        "base": Architecture("BertModel", BertModel),
-        "sequence-classification": Architecture("BertForSequenceClassification", BertForSequenceClassification),
-        "masked-lm": Architecture(
-            "BertForMaskedLM",
-            BertForMaskedLM,
-            tied={
-                "cls.predictions.decoder.weight": "bert.embeddings.word_embeddings.weight",
-                "cls.predictions.decoder.bias": "cls.predictions.bias",
-            },
-        ),
+BERT = encoder_family(
+    "bert",
+    read_config,
+    "Bert",
+    "bert",
+    base=BertModel,
+    bare=partial(BertModel, pooler=False),
+    classifier=BertForSequenceClassification,
+    masked_lm=BertForMaskedLM,
+    tied={
+        "cls.predictions.decoder.weight": "bert.embeddings.word_embeddings.weight",
+        "cls.predictions.decoder.bias": "cls.predictions.bias",
     },
     heads=("cls", "classifier", "pooler", "qa_outputs"),
-    new_heads=("classifier", "pooler"),
 )

@@ -13,6 +13,7 @@ from jpeft_interop.models import (
     FlaxAutoModelForMaskedLM,
     FlaxAutoModelForSequenceClassification,
 )
+from jpeft_interop.models._leaves import tensors_of
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -104,7 +105,7 @@ def test_untied_masked_lm(tmp_path):
 def test_paths_are_those_of_the_torch_modules(tmp_path, name):
     theirs = oracle.random_model(name, bert_config())
     ours = AUTO[name].from_config(oracle.saved(theirs, tmp_path), abstract=True)
-    assert {leaf.checkpoint_name: leaf.checkpoint_shape for leaf in ours.blueprint.leaves.values()} == {
+    assert {name: shape for leaf in ours.blueprint.leaves.values() for name, shape in tensors_of(leaf).items()} == {
         key: tuple(value.shape) for key, value in theirs.state_dict().items()
     }
     modules = {module for module, _ in theirs.named_modules()}

@@ -1,7 +1,9 @@
 """Reading, writing, configs and errors of the base models: without torch and without transformers."""
 
 import json
+import math
 import os
+import socket
 import subprocess
 import sys
 import types
@@ -11,7 +13,8 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
-from jax.sharding import SingleDeviceSharding
+from flax import nnx
+from jax.sharding import Mesh, PartitionSpec as P
 from safetensors.numpy import load_file, save_file
 
 from jpeft_interop.models import (
@@ -19,7 +22,14 @@ from jpeft_interop.models import (
     FlaxAutoModelForCausalLM,
     FlaxAutoModelForMaskedLM,
     FlaxAutoModelForSequenceClassification,
+    _loading,
 )
+from jpeft_interop.models._family import Architecture, Family
+from jpeft_interop.models._leaves import flatten, initial_value, leaves_of, tensors_of
+from jpeft_interop.models._loading import catalogue, load, match
+from jpeft_interop.models._parameters import Piece, normal, parameter, whole
+from jpeft_interop.models._saving import write_checkpoint
+from jpeft_interop.models._shardings import placement
 
 SIZES = {
     "vocab_size": 23,
@@ -156,35 +166,340 @@ def test_without_tqdm_shards_load_all_the_same(tmp_path, monkeypatch):
     assert_same(FlaxAutoModelForCausalLM.from_pretrained(tmp_path).params, llama().params)
 
 
-def test_one_sharding_for_all(folder):
-    sharding = SingleDeviceSharding(jax.devices()[0])
-    assert_same(FlaxAutoModelForCausalLM.from_pretrained(folder, shardings=sharding).params, llama().params)
+# ---- meshes
+
+RULES = [(r"layers\.0\..*_proj\.kernel", P("x", "y")), (r"kernel$", P(None, "x")), (r"^model\.norm", P("y"))]
 
 
-SHARDED_LOAD = """
-import sys, jax, numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
-from jpeft_interop.models import FlaxAutoModelForCausalLM
-mesh = Mesh(np.array(jax.devices()).reshape(2, 2), ("x", "y"))
-def sharding(path, shape):
-    if path.endswith("kernel"):
-        return NamedSharding(mesh, P("x", "y"))
-    return NamedSharding(mesh, P("y")) if path == "model.norm.scale" else NamedSharding(mesh, P())
-whole = FlaxAutoModelForCausalLM.from_pretrained(sys.argv[1])
-parts = FlaxAutoModelForCausalLM.from_pretrained(sys.argv[1], shardings=sharding)
-jax.tree.map(np.testing.assert_array_equal, parts.params, whole.params)
-kernel = parts.params["model"]["layers"]["0"]["mlp"]["up_proj"]["kernel"]
-assert kernel.sharding.spec == P("x", "y") and kernel.addressable_shards[0].data.shape == (4, 6)
+def mesh(*sizes):
+    return Mesh(np.array(jax.devices()[: math.prod(sizes)]).reshape(sizes), ("x", "y")[: len(sizes)])
+
+
+def spec_of(rules, path, shape):
+    sharding = placement(mesh(2, 2), rules)(path, shape)
+    assert sharding is not None
+    return sharding.spec
+
+
+def specs(model):
+    return {path: leaf.sharding.spec for path, leaf in flatten(model.params)}
+
+
+def test_rules_place_what_is_read_and_what_is_new(tmp_path):
+    auto, config = FlaxAutoModelForCausalLM, {**LLAMA, "vocab_size": 24}
+    whole = auto.from_config(config)
+    whole.save_pretrained(tmp_path)
+    where = {"mesh": mesh(2, 2), "sharding_rules": RULES}
+    split = auto.from_pretrained(tmp_path, **where)
+    assert_same(split.params, whole.params)
+    assert_same(auto.from_config(config, **where).params, whole.params)
+    abstract = auto.from_config(config, abstract=True, **where)
+    assert specs(split) == specs(abstract) == specs(auto.from_config(config, **where))
+    given = specs(split)
+    assert given["model.layers.0.mlp.up_proj.kernel"] == P("x", "y")
+    assert given["model.layers.1.mlp.up_proj.kernel"] == P(None, "x")
+    assert given["model.norm.scale"] == P("y") and given["model.embed_tokens.embedding"] == P()
+    kernel = split.params["model"]["layers"]["0"]["mlp"]["up_proj"]["kernel"]
+    assert kernel.addressable_shards[0].data.shape == (4, 6)
+
+
+def test_rules_by_a_function(folder):
+    asked = {}
+    model = FlaxAutoModelForCausalLM.from_pretrained(
+        folder, mesh=mesh(2), sharding_rules=lambda path, shape: asked.update({path: shape}) or P()
+    )
+    assert asked == {path: leaf.shape for path, leaf in flatten(model.params)}
+    assert_same(model.params, llama().params)
+
+
+def test_a_new_head_is_placed_by_the_rules(folder):
+    where = {"mesh": mesh(4), "sharding_rules": [("score", P("x"))]}
+    with pytest.warns(UserWarning, match=r"newly initialised: score\.weight"):
+        model = FlaxAutoModelForSequenceClassification.from_pretrained(folder, **where)
+    assert model.params["score"]["kernel"].sharding.spec == P("x")
+    again = FlaxAutoModelForSequenceClassification.from_config({**LLAMA})
+    np.testing.assert_array_equal(model.params["score"]["kernel"], again.params["score"]["kernel"])
+
+
+def test_rules_for_a_stack_are_those_of_a_layer():
+    rules = [(r"^layers\.0\.kernel$", P("x", "y")), (r"^layers\.4:8\.kernel$", P("y")), (r"norm", P())]
+    expected = {
+        "layers.0:4.kernel": P(None, "x", "y"),
+        "layers.4:8.kernel": P(None, "y"),
+        "layers.0:4.norm": P(None),
+        "layers.0:4.other": P(),
+    }
+    assert {path: spec_of(rules, path, (4, 6, 8)) for path in expected} == expected
+    assert spec_of(lambda path, shape: P("x"), "layers.0:4.kernel", (4, 6, 8)) == P("x")
+
+
+@pytest.mark.parametrize(
+    "path, shape, spec",
+    [
+        ("kernel", (64, 128), P(None, ("x", "y"))),
+        ("kernel", (128, 64), P(("x", "y"))),
+        ("kernel", (64, 64), P(("x", "y"))),
+        ("kernel", (64, 129), P(("x", "y"))),
+        ("kernel", (65, 129), P()),
+        ("bias", (4092,), P()),
+        ("layers.0:400.kernel", (400, 64, 128), P(None, None, ("x", "y"))),
+        ("layers.0:400.bias", (400, 64), P()),
+    ],
+)
+def test_without_rules_the_largest_axis_is_split_over_all_devices(path, shape, spec):
+    assert spec_of(None, path, shape) == spec
+
+
+@pytest.mark.parametrize(
+    "spec, error, message",
+    [
+        (P("z"), ValueError, r"rule of a\.kernel \(6, 8\) gives .*no axis 'z'; its axes are \{'x': 2, 'y': 2\}"),
+        (P(None, None, "x"), ValueError, "the parameter has 2 axes: give no more entries"),
+        (P(("x", "y")), ValueError, r"axis 0 of size 6 cannot be split into 4 equal parts.*'x': 2, 'y': 2.*Give None"),
+        (("x", None), TypeError, r"rule of a\.kernel gives \('x', None\), expected a jax\.sharding\.PartitionSpec"),
+    ],
+)
+def test_specs_that_do_not_fit(spec, error, message):
+    for rules in ([("kernel", spec)], lambda path, shape: spec):
+        with pytest.raises(error, match=message):
+            placement(mesh(2, 2), rules)("a.kernel", (6, 8))
+
+
+def test_rules_without_a_mesh(folder):
+    for make in (FlaxAutoModelForCausalLM.from_config, FlaxAutoModelForCausalLM.from_pretrained):
+        with pytest.raises(ValueError, match="sharding_rules were given without a mesh: give mesh="):
+            make(folder, sharding_rules=RULES)
+
+
+PROCESS = """
+import math, sys, warnings
+import jax, numpy as np
+from jax.sharding import Mesh
+from safetensors.numpy import load_file
+from jpeft_interop.models import FlaxAutoModelForSequenceClassification as Auto, _loading
+from jpeft_interop.models._leaves import flatten
+
+folder, port, process = sys.argv[1:]
+jax.config.update("jax_num_cpu_devices", 2)
+jax.distributed.initialize(f"localhost:{port}", num_processes=2, process_id=int(process))
+read, original = [], _loading._read_block
+_loading._read_block = lambda *args: (read.append(block := original(*args)), block)[1]
+mesh = Mesh(np.array(jax.devices()), ("x",))
+assert mesh.size == 4 and jax.local_device_count() == 2
+warnings.simplefilter("ignore")
+model = Auto.from_pretrained(folder, mesh=mesh)
+params = dict(flatten(model.params))
+tensors = load_file(f"{folder}/model.safetensors")
+for leaf in model.blueprint.leaves.values():
+    if leaf.path != "score.kernel":
+        (piece,) = leaf.alternatives[0]
+        theirs = tensors[piece.name].transpose(piece.axes)
+        for shard in params[leaf.path].addressable_shards:
+            np.testing.assert_array_equal(shard.data, theirs[shard.index])
+new = Auto.from_config(model.config_dict, mesh=mesh).params["score"]["kernel"].addressable_shards[0].data
+np.testing.assert_array_equal(params["score.kernel"].addressable_shards[0].data, new)
+print(sum(block.nbytes for block in read), sum(leaf.nbytes for path, leaf in params.items() if "score" not in path))
 """
 
 
-def test_each_device_reads_its_part(tmp_path):
-    llama(vocab_size=24).save_pretrained(tmp_path)
-    flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=4", "JAX_PLATFORMS": "cpu"}
-    paths = {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
-    command = [sys.executable, "-c", SHARDED_LOAD, str(tmp_path)]
-    result = subprocess.run(command, env={**os.environ, **flags, **paths}, capture_output=True, text=True, check=False)
-    assert result.returncode == 0, result.stderr
+def test_each_process_reads_its_part(tmp_path):
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "vocab_size": 256, "num_key_value_heads": 2}
+    llama(**sizes).save_pretrained(tmp_path)
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = str(free.getsockname()[1])
+    environment = {**os.environ, "XLA_FLAGS": "", "JAX_PLATFORMS": "cpu", "PYTHONPATH": os.pathsep.join(sys.path)}
+    commands = [[sys.executable, "-c", PROCESS, str(tmp_path), port, process] for process in "01"]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "env": environment}
+    processes = [subprocess.Popen(command, **pipes) for command in commands]
+    try:
+        results = [process.communicate(timeout=120) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    for out, err in results:
+        assert out, err
+        read, total = map(int, out.split())
+        assert 0.5 < read / total < 0.51
+
+
+# ---- parameters in pieces
+
+
+class Dense(nnx.Module):
+    def __init__(self, *stack):
+        self.kernel = parameter((*stack, 4, 6), normal, whole("weight", (1, 0)))
+
+
+class Experts(nnx.Module):
+    """Two projections of four experts in one parameter `(4, 3, 2 * 5)`: tensors of each, or one of all."""
+
+    def __init__(self, *stack):
+        blocks = (("w1", slice(None, 5)), ("w3", slice(5, None)))
+        single = tuple(
+            Piece(f"{expert}.{name}.weight", (expert, slice(None), block), (1, 0))
+            for expert in range(4)
+            for name, block in blocks
+        )
+        odd_and_even = tuple(
+            Piece(name, (slice(None), slice(None), slice(first, None, 2)), (0, 1, 2))
+            for first, name in enumerate(("even", "odd"))
+        )
+        self.gate_up = parameter((*stack, 4, 3, 10), normal, single, whole("fused", (0, 2, 1)), odd_and_even)
+
+
+def toy(**modules):
+    return leaves_of(nnx.state(nnx.Dict(modules)))
+
+
+TOY = Architecture("Toy", lambda config, options: nnx.Module())
+
+
+def family(**fields):
+    return Family("toy", lambda raw, ignore: None, "", (), {"base": TOY}, **fields)
+
+
+def values_of(leaves):
+    return {path: initial_value(leaf, jax.random.key(0), jnp.float32, 1.0) for path, leaf in leaves.items()}
+
+
+def read(folder, leaves, *, param_dtype=None, mesh=None, rules=None, **fields):
+    matched = match(leaves, catalogue([folder / "model.safetensors"]), family(**fields), TOY)
+    place = placement(mesh, rules)
+    shardings = {path: place(path, leaf.shape) for path, leaf in leaves.items()}
+    return load(matched, leaves, param_dtype=param_dtype, shardings=shardings, rng=jax.random.key(0), std=1.0)
+
+
+def store(folder, **tensors):
+    save_file(
+        {name.replace("_", "."): np.asarray(value) for name, value in tensors.items()}, folder / "model.safetensors"
+    )
+
+
+def stacked():
+    return toy(layers=nnx.Dict({"0:5:2": Dense(3), "1:5:2": Dense(2), "5": Dense()}), experts=Experts())
+
+
+def test_a_stack_is_the_tensors_of_its_layers():
+    apart = toy(layers=nnx.Dict({str(i): Dense() for i in range(6)}), experts=Experts())
+    tensors = {name: shape for leaf in stacked().values() for name, shape in tensors_of(leaf).items()}
+    assert tensors == {name: shape for leaf in apart.values() for name, shape in tensors_of(leaf).items()}
+    assert tensors["layers.3.weight"] == (6, 4) and tensors["experts.2.w3.weight"] == (5, 3)
+
+
+def test_a_stack_has_the_initial_values_of_its_layers():
+    together = values_of(stacked())
+    for start in (0, 1):
+        for place, layer in enumerate(range(start, 5, 2)):
+            alone = values_of(toy(layers=nnx.Dict({str(layer): Dense()})))
+            np.testing.assert_array_equal(
+                together[f"layers.{start}:5:2.kernel"][place], alone[f"layers.{layer}.kernel"]
+            )
+
+
+@pytest.mark.parametrize("rules", [None, [("layers", P(None, "y")), ("experts", P("x", None, "y"))]])
+@pytest.mark.parametrize("max_shard_bytes", [10**9, 500])
+def test_round_trip_of_pieces(tmp_path, rules, max_shard_bytes):
+    leaves = stacked()
+    where = {} if rules is None else {"mesh": mesh(2, 2), "rules": rules}
+    place = placement(where.get("mesh"), rules)
+    values = {path: jax.device_put(value, place(path, value.shape)) for path, value in values_of(leaves).items()}
+    write_checkpoint(tmp_path, {}, leaves, values, max_shard_bytes)
+    files = sorted(tmp_path.glob("*.safetensors"))
+    assert (len(files) > 1) == (max_shard_bytes == 500)
+    assert all(file.stat().st_size < max_shard_bytes + 1500 for file in files)
+    store(tmp_path, **{name: tensor for file in files for name, tensor in load_file(file).items()})
+    again = read(tmp_path, leaves, **where)
+    assert_same(again, values)
+    assert all(again[path].sharding == value.sharding for path, value in values.items())
+    tensors = load_file(tmp_path / "model.safetensors")
+    np.testing.assert_array_equal(tensors["layers.3.weight"].T, values["layers.1:5:2.kernel"][1])
+    np.testing.assert_array_equal(tensors["experts.2.w3.weight"].T, values["experts.gate_up"][2, :, 5:])
+
+
+def test_a_stack_within_a_stack(tmp_path):
+    leaves = toy(layers=nnx.Dict({"0:2": nnx.Dict({"experts": nnx.Dict({"0:3": Dense(2, 3)})})}))
+    values = values_of(leaves)
+    write_checkpoint(tmp_path, {}, leaves, values, 10**9)
+    assert_same(read(tmp_path, leaves), values)
+    tensors = load_file(tmp_path / "model.safetensors")
+    np.testing.assert_array_equal(tensors["layers.1.experts.2.weight"].T, values["layers.0:2.experts.0:3.kernel"][1, 2])
+
+
+def test_alternatives(tmp_path):
+    leaves = toy(experts=Experts())
+    value = np.asarray(values_of(leaves)["experts.gate_up"])
+    store(tmp_path, experts_fused=np.ascontiguousarray(value.transpose(0, 2, 1)))
+    np.testing.assert_array_equal(read(tmp_path, leaves)["experts.gate_up"], value)
+    halves = {
+        "experts_even": np.ascontiguousarray(value[..., ::2]),
+        "experts_odd": np.ascontiguousarray(value[..., 1::2]),
+    }
+    store(tmp_path, **halves)
+    np.testing.assert_array_equal(read(tmp_path, leaves)["experts.gate_up"], value)
+    split = read(tmp_path, leaves, mesh=mesh(2, 2), rules=[("experts", P("x", None, "y"))], param_dtype=jnp.bfloat16)
+    np.testing.assert_array_equal(split["experts.gate_up"], value.astype(jnp.bfloat16))
+
+
+def test_the_nearest_alternative_is_what_is_missing(tmp_path):
+    leaves = toy(experts=Experts())
+    tensors = tensors_of(leaves["experts.gate_up"])
+    lacking = {"experts.0.w1.weight", "experts.3.w3.weight"}
+    save_file(
+        {name: np.ones(shape, np.float32) for name, shape in tensors.items() if name not in lacking},
+        tmp_path / "model.safetensors",
+    )
+    with pytest.raises(ValueError, match=r"missing \(2\): experts\.0\.w1\.weight, experts\.3\.w3\.weight\nCheck"):
+        read(tmp_path, leaves)
+
+
+def test_pieces_that_do_not_fit(tmp_path):
+    store(tmp_path, layers_0_weight=np.ones((6, 4)), layers_1_weight=np.ones((6, 5)), layers_3_weight=np.ones(2))
+    leaves = toy(layers=nnx.Dict({"0:3": Dense(3)}))
+    with pytest.raises(ValueError) as caught:
+        read(tmp_path, leaves)
+    assert "missing (1): layers.2.weight" in str(caught.value)
+    assert "unexpected (1): layers.3.weight" in str(caught.value)
+    assert "misshapen (1): layers.1.weight (6, 5), expected (6, 4)" in str(caught.value)
+
+
+def test_pieces_that_leave_gaps():
+    kernel = parameter((4, 6), normal, (Piece("half", (slice(None), slice(3)), (1, 0)),))
+    message = r"a\.kernel \(4, 6\) has 24 elements, but the tensors that `parameter` was given fill 12: a\.half"
+    with pytest.raises(ValueError, match=message):
+        toy(a=nnx.Dict(kernel=kernel))
+
+
+def test_pieces_of_several_dtypes(tmp_path):
+    leaves = toy(layers=nnx.Dict({"0:2": Dense(2)}))
+    first = {"layers_0_weight": np.ones((6, 4), ml_dtypes.bfloat16)}
+    for second, common in [(np.float16, np.float32), (np.float64, np.float32), (ml_dtypes.bfloat16, jnp.bfloat16)]:
+        store(tmp_path, **first, layers_1_weight=np.full((6, 4), 1 / 3, second))
+        value = read(tmp_path, leaves)["layers.0:2.kernel"]
+        assert value.dtype == common
+        np.testing.assert_array_equal(value[1], np.full((4, 6), np.asarray(1 / 3, second)).astype(common))
+
+
+def test_old_names_and_tensors_without_use(tmp_path):
+    leaves = toy(dense=Dense())
+    kernel = np.arange(24, dtype=np.float32).reshape(6, 4)
+    renames = ((r"^old\.", "dense."), (r"\.w$", ".weight"))
+    store(tmp_path, old_w=kernel, dense_mask=np.ones(3))
+    value = read(tmp_path, leaves, renames=renames, unused=(r"\.mask$",))["dense.kernel"]
+    np.testing.assert_array_equal(value, kernel.T)
+    with pytest.raises(ValueError, match=r"unexpected \(1\): dense\.mask"):
+        read(tmp_path, leaves, renames=renames)
+    store(tmp_path, old_w=kernel, dense_weight=kernel)
+    with pytest.raises(ValueError, match=r"holds both dense\.weight and old\.w, which are two names of dense\.weight"):
+        read(tmp_path, leaves, renames=renames)
+
+
+def test_a_tensor_larger_than_what_is_read_at_a_time(folder, monkeypatch):
+    monkeypatch.setattr(_loading, "SLAB", 100)
+    monkeypatch.setattr(_loading, "BLOCK", 70)
+    assert_same(FlaxAutoModelForCausalLM.from_pretrained(folder).params, llama().params)
+    split = FlaxAutoModelForCausalLM.from_pretrained(folder, mesh=mesh(4), sharding_rules=[("kernel$", P("x"))])
+    assert_same(split.params, llama().params)
 
 
 # ---- weights that do not fit

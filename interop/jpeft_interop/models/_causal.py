@@ -1,0 +1,134 @@
+"""What decoders with layer norms share: attention to what came before, and the way through all layers."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from ._activations import activation
+from ._attention import Context, attend, remember, split_heads, visible
+from ._cache import Memory
+from ._call import DecoderCall, cache_after
+from ._layers import Linear
+from ._outputs import BaseModelOutput
+from ._rotary import apply_rotary
+from ._stack import run
+
+FULL = "full_attention"
+"""The only kind of attention in these families."""
+
+
+def look_back(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    context: Context,
+    memory: Memory | None,
+    *,
+    scale: float | None = None,
+) -> tuple[jax.Array, Memory | None]:
+    """Attention of `(batch, length, heads, head_dim)` to all that came before, the heads joined; the new memory."""
+    key, value, memory = remember(memory, context, key, value)
+    return attend(query, key, value, context.masks[FULL], scale=scale, bias=context.bias), memory
+
+
+class FusedAttention(nnx.Module):
+    """Attention whose queries, keys and values are one projection, head by head: that of Megatron-LM.
+
+    Rotated if the context has rotary tables.
+    """
+
+    def __init__(self, features: int, heads: int, *, bias: bool = True):
+        self.query_key_value = Linear(features, 3 * features, bias=bias)
+        self.dense = Linear(features, features, bias=bias)
+        self.head_dim = features // heads
+
+    def __call__(self, x: jax.Array, context: Context, memory: Memory | None) -> tuple[jax.Array, Memory | None]:
+        query, key, value = jnp.split(split_heads(self.query_key_value(x), 3 * self.head_dim), 3, axis=-1)
+        if FULL in context.rotary:
+            cos, sin = context.rotary[FULL]
+            query, key = apply_rotary(query, cos, sin), apply_rotary(key, cos, sin)
+        y, memory = look_back(query, key, value, context, memory)
+        return self.dense(y), memory
+
+
+class FeedForward(nnx.Module):
+    """`dense_4h_to_h(act(dense_h_to_4h(x)))`: the feed-forward block of Megatron-LM, whatever `hidden` is."""
+
+    def __init__(self, features: int, hidden: int, act: str):
+        self.dense_h_to_4h = Linear(features, hidden)
+        self.dense_4h_to_h = Linear(hidden, features)
+        self.act = act
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return self.dense_4h_to_h(activation(self.act)(self.dense_h_to_4h(x)))
+
+
+def through(
+    modules: nnx.Dict,
+    x: jax.Array,
+    call: DecoderCall,
+    context: Context,
+    finish: Callable[[jax.Array], jax.Array],
+    *,
+    remat: str | None,
+    collect: bool,
+) -> BaseModelOutput:
+    """Put the embedded input through all layers `(x, context, memory) -> (x, memory)`, and then through `finish`."""
+    x, memories, entered = run(
+        modules,
+        x,
+        lambda layer, x, memory: layer(x, context, memory),
+        memories=None if call.cache is None else call.cache.layers,
+        remat=remat,
+        collect=collect,
+    )
+    x = finish(x)
+    return BaseModelOutput(x, cache_after(call, memories), (*entered, x) if collect else None)
+
+
+def token_numbers(call: DecoderCall) -> jax.Array:
+    """The number of each token that can be looked at among those of its row that are not padding: 0, 1, 2, ...
+
+    Of shape `(batch or 1, keys)`, with the slots of a cache as keys; -1 for padding.
+    """
+    seen = visible(call.attention_mask, call.batch, call.length) if call.cache is None else call.cache.mask
+    if seen is None:
+        return jnp.arange(call.length, dtype=jnp.int32)[None]
+    tokens = seen.astype(jnp.int32)
+    return jnp.cumsum(tokens, axis=-1) * tokens - 1
+
+
+def check_length(length: int, position_ids: jax.Array | None, positions: int) -> None:
+    """Raise ValueError for a text that is longer than the table of its positions."""
+    if position_ids is None and length > positions:
+        raise ValueError(f"{length} tokens exceed max_position_embeddings={positions}: truncate the input")
+
+
+def translated(raw: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
+    """A config with the keys that a family has names of its own for under those that all have.
+
+    Raises ValueError if it holds two values for one of them.
+
+    >>> translated({"n_layer": 2, "n_head": 4}, {"n_layer": "num_hidden_layers"})
+    {'n_head': 4, 'num_hidden_layers': 2}
+    """
+    given = {key: value for key, value in raw.items() if key not in names}
+    for theirs, ours in names.items():
+        if theirs not in raw:
+            continue
+        if ours in given and given[ours] != raw[theirs]:
+            raise ValueError(
+                f"config.json holds {theirs}={raw[theirs]!r} and {ours}={given[ours]!r}, two names of one setting: "
+                "remove one of them"
+            )
+        given[ours] = raw[theirs]
+    return given
+
+
+def check_heads(hidden_size: int, num_attention_heads: int) -> None:
+    """Raise ValueError unless the heads divide the features."""
+    if hidden_size % num_attention_heads:
+        raise ValueError(f"hidden_size {hidden_size} is not a multiple of num_attention_heads {num_attention_heads}")

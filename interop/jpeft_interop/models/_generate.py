@@ -1,0 +1,211 @@
+"""Text from a model: `generate`, one compiled program for one shape of input."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import ArrayLike
+
+import jpeft
+
+from ._beam import Beams, beam_search
+from ._blueprint import Blueprint, run_network
+from ._decoding import SEQ2SEQ, Decoder, LogitsProcessor, causal
+from ._sampling import Draw, Warp, greedy, sample
+
+if TYPE_CHECKING:
+    from ._model import FlaxModel
+
+TASKS = {"causal-lm": "input_ids", "seq2seq-lm": "decoder_input_ids", "speech-seq2seq": "decoder_input_ids"}
+"""Tasks that generate, and the input that their sequences begin with."""
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class GenerationOutput:
+    """`sequences (rows, length)`: the prompt and what follows it, then padding; a row per returned sequence.
+
+    `scores (rows,)`: of a beam search, the sum of the log-probabilities over the length to the `length_penalty`.
+    """
+
+    sequences: jax.Array
+    scores: jax.Array | None = None
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a compiled program is made for. `beams` None: greedy search, or sampling if `do_sample`."""
+
+    max_new_tokens: int
+    eos: tuple[int, ...]
+    pad: int
+    do_sample: bool
+    top_k: int | None
+    beams: Beams | None
+    returned: int
+    processor: LogitsProcessor | None
+
+
+def generate(
+    model: "FlaxModel",
+    params: Any,
+    inputs: Mapping[str, ArrayLike | None],
+    *,
+    max_new_tokens: int,
+    eos_token_id: int | Sequence[int] | None,
+    pad_token_id: int | None,
+    do_sample: bool,
+    temperature: float,
+    top_k: int | None,
+    top_p: float,
+    seed: int,
+    num_beams: int,
+    length_penalty: float,
+    early_stopping: bool | Literal["never"],
+    num_return_sequences: int,
+    logits_processor: LogitsProcessor | None,
+) -> GenerationOutput:
+    """`FlaxModel.generate`, which says what the arguments mean."""
+    task = _task(model)
+    _check(
+        max_new_tokens=max_new_tokens, num_beams=num_beams, num_return_sequences=num_return_sequences,
+        temperature=temperature, top_p=top_p, top_k=top_k, do_sample=do_sample, early_stopping=early_stopping,
+    )  # fmt: skip
+    arrays = {name: jnp.asarray(value) for name, value in inputs.items() if value is not None}
+    prompt, arrays = _prompt(model, arrays, task)
+    eos = _ids(model, "eos_token_id", eos_token_id)
+    pad = _ids(model, "pad_token_id", pad_token_id) or eos or (0,)
+    settings = Settings(
+        max_new_tokens=max_new_tokens,
+        eos=eos,
+        pad=pad[0],
+        do_sample=do_sample,
+        top_k=top_k if do_sample else None,
+        beams=Beams(num_beams, length_penalty, early_stopping) if num_beams > 1 else None,
+        returned=num_return_sequences,
+        processor=logits_processor,
+    )
+    warp = Warp(jnp.asarray(temperature, jnp.float32), jnp.asarray(top_p, jnp.float32))
+    return _compiled(model.blueprint, settings, params, arrays, prompt, warp, jax.random.key(seed))
+
+
+def _task(model: "FlaxModel") -> str:
+    architectures = model.blueprint.family.architectures
+    task = next((task for task in TASKS if architectures.get(task) is model.blueprint.architecture), None)
+    if task is None:
+        raise TypeError(
+            f"{model.blueprint.architecture.name} does not generate; load the model with FlaxAutoModelForCausalLM, "
+            "FlaxAutoModelForSeq2SeqLM or FlaxAutoModelForSpeechSeq2Seq"
+        )
+    return task
+
+
+def _check(
+    *,
+    max_new_tokens: int,
+    num_beams: int,
+    num_return_sequences: int,
+    temperature: float,
+    top_p: float,
+    top_k: int | None,
+    do_sample: bool,
+    early_stopping: bool | str,
+) -> None:
+    counts = {
+        "max_new_tokens": max_new_tokens,
+        "num_beams": num_beams,
+        "num_return_sequences": num_return_sequences,
+        "top_k": 1 if top_k is None else top_k,
+    }
+    for name, count in counts.items():
+        if count < 1:
+            raise ValueError(f"{name} must be at least 1, got {count}")
+    if not 0.0 < top_p <= 1.0:
+        raise ValueError(f"top_p must be above 0 and at most 1, got {top_p}")
+    if temperature <= 0.0:
+        raise ValueError(f"temperature must be above 0, got {temperature}; do_sample=False takes the likeliest token")
+    if do_sample and num_beams > 1:
+        raise ValueError(f"expected do_sample=True or num_beams > 1, got both (num_beams={num_beams})")
+    if num_return_sequences > 1 and not do_sample and num_return_sequences > num_beams:
+        raise ValueError(
+            f"num_return_sequences={num_return_sequences} needs do_sample=True, or at least as many beams "
+            f"(num_beams={num_beams})"
+        )
+    if early_stopping not in (True, False, "never"):
+        raise ValueError(f"early_stopping must be True, False or 'never', got {early_stopping!r}")
+
+
+def _ids(model: "FlaxModel", name: str, given: int | Sequence[int] | None) -> tuple[int, ...]:
+    value = model.generation_config.get(name, model.config_dict.get(name)) if given is None else given
+    if value is None:
+        return ()
+    return (int(value),) if isinstance(value, int | np.integer) else tuple(int(token) for token in value)
+
+
+def _prompt(model: "FlaxModel", arrays: Mapping[str, jax.Array], task: str) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """The tokens `(rows, length)` that the sequences begin with, and the other inputs."""
+    name = TASKS[task]
+    rest = {key: array for key, array in arrays.items() if key != name}
+    if name in arrays:
+        prompt = arrays[name]
+        if prompt.ndim != 2 or not jnp.issubdtype(prompt.dtype, jnp.integer) or 0 in prompt.shape:
+            raise ValueError(f"{name} must be integers (batch, length), got {prompt.dtype} {prompt.shape}")
+        return prompt.astype(jnp.int32), rest
+    if task == "causal-lm" or not rest:
+        raise ValueError(f"generate needs {name if task == 'causal-lm' else 'the input of the encoder'}")
+    start = _ids(model, "decoder_start_token_id", None) or _ids(model, "bos_token_id", None)
+    if not start:
+        raise ValueError("the config has neither decoder_start_token_id nor bos_token_id: give decoder_input_ids")
+    rows = next(iter(rest.values())).shape[0]
+    return jnp.full((rows, 1), start[0], jnp.int32), rest
+
+
+@partial(jax.jit, static_argnums=(0, 1))
+def _compiled(
+    blueprint: Blueprint,
+    settings: Settings,
+    params: Any,
+    inputs: Mapping[str, jax.Array],
+    prompt: jax.Array,
+    warp: Warp,
+    key: jax.Array,
+) -> GenerationOutput:
+    def plain(params: Any, arrays: Mapping[str, Any], static: Mapping[str, Any]) -> Any:
+        return run_network(blueprint, params, {**arrays, **static})
+
+    def network(**given: Any) -> Any:
+        static = {name: value for name, value in given.items() if isinstance(value, int)}
+        arrays = {name: value for name, value in given.items() if name not in static}
+        call = partial(plain, static=static)
+        return (jpeft.lift(call) if isinstance(params, jpeft.PeftParams) else call)(params, arrays)
+
+    decoder = _decoder(blueprint)
+    rows, length = prompt.shape
+    copies = settings.returned if settings.beams is None else 1
+    spread = jnp.repeat(jnp.arange(rows), copies)
+    prompt, inputs = prompt[spread], {name: array[spread] for name, array in inputs.items()}
+    capacity = length + settings.max_new_tokens
+    first = decoder.start(network, inputs, prompt, capacity)
+    room = jnp.full((prompt.shape[0], settings.max_new_tokens), settings.pad, prompt.dtype)
+    sequences = jnp.concatenate([prompt, room], axis=1)
+    if settings.beams is not None:
+        found, scores = beam_search(
+            network, decoder, first, sequences, length, settings.eos, settings.processor, settings.beams
+        )
+        best = slice(0, settings.returned)
+        return GenerationOutput(found[:, best].reshape(-1, capacity), scores[:, best].reshape(-1))
+    choose = Draw(settings.top_k, warp) if settings.do_sample else greedy
+    return GenerationOutput(
+        sample(network, decoder, first, sequences, length, settings.eos, settings.pad, settings.processor, choose, key)
+    )
+
+
+def _decoder(blueprint: Blueprint) -> Decoder:
+    architectures = blueprint.family.architectures
+    if architectures.get("causal-lm") is blueprint.architecture:
+        return causal(takes_positions="position_ids" in blueprint.family.inputs)
+    return SEQ2SEQ

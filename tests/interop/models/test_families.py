@@ -1,0 +1,241 @@
+"""Laws that hold of every model family, over the table of `cases_*.py`, with transformers' PyTorch as the oracle."""
+
+import dataclasses
+import importlib
+import json
+from functools import lru_cache
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jpeft
+from jpeft_interop import save_pretrained
+from jpeft_interop.models import FAMILIES, FlaxModel
+from jpeft_interop.models._leaves import tensors_of
+from jpeft_interop.models.auto import AutoModel
+
+pytest.importorskip("torch")
+pytest.importorskip("transformers")
+oracle = importlib.import_module("tests.interop.models.torch_oracle")
+torch, transformers = oracle.torch, oracle.transformers
+peft = pytest.importorskip("peft")
+
+CASES = [
+    case
+    for file in sorted(Path(__file__).parent.glob("cases_*.py"))
+    for case in importlib.import_module(f"tests.interop.models.{file.stem}").CASES
+]
+FULL = [case for case in CASES if case.full]
+OUTPUTS = ("logits", "last_hidden_state", "pooler_output", "start_logits", "end_logits", "logits_per_image")
+
+
+def each_task(cases):
+    return pytest.mark.parametrize(
+        "case, task", [pytest.param(case, task, id=f"{case.name}-{task}") for case in cases for task in case.tasks]
+    )
+
+
+each_case = pytest.mark.parametrize("case", FULL, ids=lambda case: case.name)
+
+
+@lru_cache(maxsize=2)
+def theirs(case, task):
+    config = case.config()
+    return oracle.random_model(FAMILIES[config.model_type].architectures[task].name, config)
+
+
+@pytest.fixture
+def folder(case, task, tmp_path):
+    return oracle.saved(theirs(case, task), tmp_path)
+
+
+@pytest.fixture
+def ours(task, folder):
+    return AutoModel(task).from_pretrained(folder)
+
+
+def torch_outputs(model, inputs, **options):
+    with torch.no_grad():
+        return model(**{name: torch.tensor(value) for name, value in inputs.items()}, **options)
+
+
+def assert_same(case, actual, expected, inputs):
+    tokens = inputs.get(case.tokens)
+    compared = 0
+    for name in OUTPUTS:
+        ours, reference = getattr(actual, name, None), getattr(expected, name, None)
+        if ours is None or reference is None:
+            continue
+        compared += 1
+        assert_close(case, ours, reference.float().numpy(), tokens)
+    assert compared
+
+
+def assert_close(case, actual, expected, tokens):
+    actual = np.asarray(actual, np.float32)
+    assert actual.shape == expected.shape
+    if tokens is not None and expected.shape[:2] == tokens.shape:
+        actual, expected = actual[tokens != 0], expected[tokens != 0]
+    assert np.isfinite(expected).all()
+    assert np.isfinite(actual).all()
+    assert np.abs(actual - expected).max() <= case.atol * np.abs(expected).max()
+
+
+def applied(model, inputs, **options):
+    with jax.numpy_dtype_promotion("strict"):
+        return jax.jit(lambda params: model.apply(params, **inputs, **options))(model.params)
+
+
+@each_task(CASES)
+def test_outputs(case, task, ours):
+    for inputs in case.inputs():
+        assert_same(case, applied(ours, inputs), torch_outputs(theirs(case, task), inputs), inputs)
+
+
+@each_task([dataclasses.replace(case, tasks=case.tasks[:1]) for case in FULL])
+def test_hidden_states(case, task, ours):
+    inputs = case.inputs()[-1]
+    actual = applied(ours, inputs, output_hidden_states=True)
+    expected = torch_outputs(theirs(case, task), inputs, output_hidden_states=True)
+    compared = 0
+    for name in ("hidden_states", "encoder_hidden_states", "decoder_hidden_states"):
+        states, reference = getattr(actual, name, None), getattr(expected, name, None)
+        assert (states is None) == (reference is None)
+        if states is None:
+            continue
+        compared += 1
+        assert len(states) == len(reference)
+        tokens = None if name == "decoder_hidden_states" else inputs.get(case.tokens)
+        for state, other in zip(states, reference, strict=True):
+            assert_close(case, state, other.float().numpy(), tokens)
+    assert compared
+
+
+@each_task([dataclasses.replace(case, tasks=case.tasks[-1:]) for case in FULL])
+def test_stacked_layers_with_remat(case, task, folder):
+    stacked = AutoModel(task).from_pretrained(folder, scan_layers=True, remat="nothing_saveable")
+    assert any(":" in path for path in stacked.blueprint.leaves)
+    inputs = case.inputs()[-1]
+    assert_same(case, applied(stacked, inputs), torch_outputs(theirs(case, task), inputs), inputs)
+
+
+@each_task([dataclasses.replace(case, tasks=case.tasks[-1:]) for case in FULL])
+def test_gradients_of_stacked_layers_with_remat(case, task, folder):
+    inputs = case.inputs()[0]
+
+    def gradients(model):
+        def loss(params):
+            output = model.apply(params, **inputs)
+            arrays = [getattr(output, name) for name in OUTPUTS if getattr(output, name, None) is not None]
+            return sum(jnp.sum(jnp.square(array)) for array in arrays)
+
+        return jax.jit(jax.grad(loss))(model.params)
+
+    plain = AutoModel(task).from_pretrained(folder)
+    stacked = AutoModel(task).from_pretrained(folder, scan_layers=True, remat="nothing_saveable")
+    expected, actual = (per_tensor(model, gradients(model)) for model in (plain, stacked))
+    assert expected.keys() == actual.keys()
+    largest = max(np.abs(value).max() for value in expected.values())
+    for name, value in expected.items():
+        np.testing.assert_allclose(actual[name], value, atol=1e-4 * largest, err_msg=name)
+
+
+def per_tensor(model: FlaxModel, tree):
+    from jpeft_interop.models._leaves import flatten
+
+    arrays = dict(flatten(tree))
+    return {
+        piece.name: np.asarray(arrays[path])[piece.index]
+        for path, leaf in model.blueprint.leaves.items()
+        for piece in leaf.alternatives[0]
+    }
+
+
+@each_task(FULL)
+def test_paths_are_those_of_the_torch_modules(case, task, ours):
+    state = {name: tuple(value.shape) for name, value in theirs(case, task).named_parameters()}
+    tensors = {name: shape for leaf in ours.blueprint.leaves.values() for name, shape in tensors_of(leaf).items()}
+    fused = {name for name in state if name not in tensors}
+    if not fused:
+        assert tensors == state
+    modules = {name for name, _ in theirs(case, task).named_modules()}
+    assert {path.rpartition(".")[0] for path in ours.blueprint.leaves} <= modules
+    assert sum(np.prod(shape) for shape in tensors.values()) == sum(np.prod(shape) for shape in state.values())
+
+
+@each_task([dataclasses.replace(case, tasks=case.tasks[:1]) for case in FULL if case.defaults])
+def test_the_defaults_are_those_of_transformers(case, task):
+    config = type(case.config())()
+    empty = AutoModel(task).from_config({"model_type": config.model_type}, abstract=True)
+    written = AutoModel(task).from_config(config.to_dict(), abstract=True)
+    assert empty.config == written.config
+    assert empty.blueprint.leaves.keys() == written.blueprint.leaves.keys()
+
+
+@each_task(FULL)
+def test_transformers_loads_what_is_saved(case, task, ours, tmp_path):
+    changed = jax.tree.map(lambda leaf: 1.25 * leaf, ours.params)
+    ours.save_pretrained(tmp_path / "saved", changed)
+    back, loading = type(theirs(case, task)).from_pretrained(tmp_path / "saved", output_loading_info=True)
+    assert not loading["missing_keys"] and not loading["unexpected_keys"] and not loading["mismatched_keys"]
+    for name, value in theirs(case, task).named_parameters():
+        np.testing.assert_allclose(back.get_parameter(name).detach(), 1.25 * value.detach(), rtol=1e-6, err_msg=name)
+
+
+@each_task([dataclasses.replace(case, tasks=case.tasks[:1]) for case in FULL])
+def test_an_unknown_key_of_the_config_is_refused(case, task, folder):
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "a_new_invention": 3}))
+    with pytest.raises(ValueError, match=r"a_new_invention=3.*ignore_config_keys=\('a_new_invention',\)"):
+        AutoModel(task).from_pretrained(folder)
+    AutoModel(task).from_pretrained(folder, ignore_config_keys=("a_new_invention",))
+
+
+@each_task(FULL)
+def test_every_linear_layer_can_be_adapted(case, task, ours):
+    wrapped = jpeft.wrap(ours.params, jpeft.LoraConfig(target_modules="all-linear"), layouts=ours.layouts)
+    inputs = case.inputs()[-1]
+    rows = jpeft.explain(lambda params: ours.apply(params, **inputs), wrapped)
+    assert "merged" not in str(rows)
+    assert len(wrapped.adapters["default"].sites) > 4
+
+
+@each_task([dataclasses.replace(case, tasks=case.tasks[-1:]) for case in FULL])
+@pytest.mark.parametrize("scan_layers", [False, True])
+def test_peft_loads_an_adapter(case, task, folder, scan_layers, tmp_path):
+    ours = AutoModel(task).from_pretrained(folder, scan_layers=scan_layers)
+    config = jpeft.LoraConfig(r=3, target_modules="all-linear")
+    wrapped = jpeft.wrap(ours.params, config, layouts=ours.layouts)
+    key = jax.random.key(7)
+    wrapped = dataclasses.replace(
+        wrapped,
+        adapters={
+            "default": dataclasses.replace(
+                wrapped.adapters["default"],
+                weights={
+                    path: {
+                        name: 0.1 * jax.random.normal(jax.random.fold_in(key, hash((path, name)) % 2**31), array.shape)
+                        for name, array in arrays.items()
+                    }
+                    for path, arrays in wrapped.adapters["default"].weights.items()
+                },
+            )
+        },
+    )
+    save_pretrained(wrapped, tmp_path / "adapter")
+    inputs = case.inputs()[-1]
+    with jax.numpy_dtype_promotion("strict"):
+        actual = jax.jit(jpeft.lift(lambda params: ours.apply(params, **inputs)))(wrapped)
+    reference = type(theirs(case, task)).from_pretrained(folder)
+    adapted = peft.PeftModel.from_pretrained(reference, str(tmp_path / "adapter")).eval()
+    expected = torch_outputs(adapted, inputs)
+    assert_same(case, actual, expected, inputs)
+    base = torch_outputs(theirs(case, task), inputs)
+    assert any(
+        np.abs(getattr(base, name).numpy() - getattr(expected, name).numpy()).max() > 1e-3
+        for name in OUTPUTS
+        if getattr(base, name, None) is not None
+    )
