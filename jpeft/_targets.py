@@ -25,6 +25,7 @@ OUTPUT_EMBEDDINGS = (
     "unembed",
 )
 SEQ_CLS_HEADS = ("score", "classifier")
+EXPERTS = "experts"
 
 
 def by_layer(config: TunerConfig) -> TunerConfig:
@@ -84,7 +85,12 @@ def select_sites(
     excluded = {path: None for path in paths if _is_excluded(path, config) or _is_within(path, saved)}
     remaining = [path for path in paths if path not in excluded]
     everything = isinstance(config.target_modules, str) and config.target_modules.lower() == ALL_LINEAR
-    asked = [path for path in remaining if (_is_linear(path, found, config) if everything else _is_asked(path, config))]
+    if everything:
+        mixtures = _mixtures(found)
+        remaining = [path for path in remaining if path not in mixtures]
+        asked = [path for path in remaining if _is_linear(path, found, config)]
+    else:
+        asked = [path for path in remaining if _is_asked(path, config)]
     supported = {path: found[path] for path in asked if _is_supported(path, found, method)}
     if not everything:
         _check_supported(asked, supported, leaves, found, config, method)
@@ -186,6 +192,17 @@ def _is_linear(path: str, found: Mapping[str, Candidate], config: TunerConfig) -
     candidate = found[path]
     # A kernel whose layout is unknown is linear as far as anyone knows; taking it leads to the error that asks for it.
     return candidate.kind == LINEAR or (candidate.kind is None and last_name(candidate.leaf) in WEIGHT_NAMES)
+
+
+def _mixtures(found: Mapping[str, Candidate]) -> set[str]:
+    """The kernels of experts that are stacked in one leaf, and the routers beside them.
+
+    In `transformers` these are parameters of no linear layer, so that "all-linear" does not mean them.
+    """
+    stacks = {path: found[path] for path in found if last_name(parent(path)) == EXPERTS and found[path].leaf == path}
+    counts = {parent(parent(path)): candidate.shape[0] for path, candidate in stacks.items()}
+    routers = {path for path in found if found[path].shape[-1] == counts.get(parent(path))}
+    return stacks.keys() | routers
 
 
 def _is_supported(path: str, found: Mapping[str, Candidate], method: Method) -> bool:

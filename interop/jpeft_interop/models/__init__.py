@@ -6,6 +6,7 @@ from ._outputs import (
     BaseModelOutput as BaseModelOutput,
     BaseModelOutputWithPooling as BaseModelOutputWithPooling,
     ClassifierOutput as ClassifierOutput,
+    CLIPOutput as CLIPOutput,
     LMOutput as LMOutput,
     QuestionAnsweringOutput as QuestionAnsweringOutput,
     Seq2SeqLMOutput as Seq2SeqLMOutput,

@@ -14,13 +14,14 @@ from flax import nnx
 from ._activations import activation
 from ._attention import Context, attend, remember, split_heads
 from ._cache import Cache, Memory
-from ._call import begin, cache_after, context_of
+from ._call import begin, context_of
+from ._causal import through
 from ._config import number_of_labels, read_fields
 from ._family import Options
 from ._layers import Embed, GatedMLP, Linear, RMSNorm, embed_tokens
 from ._outputs import BaseModelOutput
 from ._rotary import Rope, apply_rotary, read_rope, rotary_tables
-from ._stack import layers, run
+from ._stack import layers
 
 FULL, SLIDING = "full_attention", "sliding_attention"
 
@@ -68,6 +69,7 @@ class DecoderConfig:
 ROPE_KEYS = ("rope_parameters", "rope_theta", "rope_scaling", "partial_rotary_factor")
 FAMILY_KEYS = (
     "ropes",
+    "layer_types",
     "mlp_types",
     "attention_output_bias",
     "attention_scale",
@@ -249,13 +251,6 @@ class Decoder(nnx.Module):
         windows = {kind: config.sliding_window if kind == SLIDING else None for kind, _ in config.ropes}
         rotary = {kind: rotary_tables(rope, call.positions, x.dtype) for kind, rope in config.ropes}
         context = context_of(call, windows, rotary)
-        x, memories, entered = run(
-            self.layers,
-            x,
-            lambda layer, x, memory: layer(x, context, memory),
-            memories=None if past_key_values is None else past_key_values.layers,
-            remat=self.options.remat,
-            collect=output_hidden_states,
+        return through(
+            self.layers, x, call, context, self.norm, remat=self.options.remat, collect=output_hidden_states
         )
-        x = self.norm(x)
-        return BaseModelOutput(x, cache_after(call, memories), (*entered, x) if output_hidden_states else None)

@@ -1,6 +1,7 @@
 """What the encoders share, of text and of images: positions, layers, attention, the family with the usual heads."""
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -60,10 +61,18 @@ def run_encoder(
     modules: nnx.Dict, x: jax.Array, layer: Callable[[Any, jax.Array], jax.Array], options: Options, *, collect: bool
 ) -> tuple[jax.Array, tuple[jax.Array, ...]]:
     """Put `x` through all layers by `layer(module, x)`. Returns it and, if `collect`, what went into every layer."""
-    x, _, entered = run(
-        modules, x, lambda module, x, _: (layer(module, x), None), remat=options.remat, collect=collect
-    )
+    x, _, entered = run(modules, x, lambda module, x, _: (layer(module, x), None), remat=options.remat, collect=collect)
     return x, entered
+
+
+@dataclass(frozen=True)
+class Constant:
+    """The initialiser of a parameter whose entries all begin at `value`."""
+
+    value: float
+
+    def __call__(self, key: jax.Array, shape: tuple[int, ...], dtype: Any, std: float) -> jax.Array:
+        return jnp.full(shape, self.value, dtype)
 
 
 class SelfAttention(nnx.Module):

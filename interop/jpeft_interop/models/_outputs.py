@@ -84,3 +84,20 @@ class QuestionAnsweringOutput:
     start_logits: jax.Array
     end_logits: jax.Array
     hidden_states: HiddenStates = None
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class CLIPOutput:
+    """`logits_per_image (images, texts)`, how well they fit, and the same as `logits_per_text (texts, images)`.
+
+    `text_embeds (texts, projection)` and `image_embeds` have length one. The outputs of the two models have the
+    projection before it was given that length as their `pooler_output`, and the hidden states.
+    """
+
+    logits_per_image: jax.Array
+    logits_per_text: jax.Array
+    text_embeds: jax.Array
+    image_embeds: jax.Array
+    text_model_output: BaseModelOutputWithPooling
+    vision_model_output: BaseModelOutputWithPooling

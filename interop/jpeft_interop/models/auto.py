@@ -20,6 +20,9 @@ from ._model import FlaxModel
 from ._shardings import Rules, placement
 from ._stack import check_remat
 from .bert import BERT
+from .clip import CLIP, CLIP_TEXT, CLIP_VISION
+from .dinov2 import DINOV2
+from .vit import VIT
 from .bloom import BLOOM
 from .deberta import DEBERTA_V2
 from .distilbert import DISTILBERT
@@ -41,7 +44,7 @@ from .whisper import WHISPER
 FAMILIES: Mapping[str, Family] = {
     family.model_type: family
     for family in (
-        DEBERTA_V2,
+        CLIP, CLIP_TEXT, CLIP_VISION, DINOV2, VIT, DEBERTA_V2,
         DISTILBERT,
         ROBERTA,
         XLM_ROBERTA,

@@ -223,5 +223,7 @@ BART = Family(
     heads=("lm_head", "final_logits_bias", "classification_head", "qa_outputs"),
     new_heads=("final_logits_bias", "classification_head", "qa_outputs"),
     unused=(r"(encoder|decoder)\.version$",),
+    # By its two axes it would pass for a kernel, and "all-linear" would mean it, too.
+    layouts={"final_logits_bias": "vo"},
     decodes=True,
 )

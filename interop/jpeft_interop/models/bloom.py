@@ -79,7 +79,7 @@ def alibi_slopes(heads: int) -> np.ndarray:
 def alibi(call: DecoderCall, heads: int) -> jax.Array:
     """The bias of the scores, `(batch or 1, heads, 1, keys)`: the same for every query, as only differences count."""
     numbers = token_numbers(call).astype(jnp.float32)
-    return alibi_slopes(heads)[None, :, None, None] * numbers[:, None, None, :]
+    return jnp.asarray(alibi_slopes(heads))[None, :, None, None] * numbers[:, None, None, :]
 
 
 class Block(nnx.Module):

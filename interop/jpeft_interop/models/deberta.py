@@ -94,7 +94,9 @@ def read_config(raw: Mapping[str, Any], ignore: Collection[str] = ()) -> Deberta
     config = DebertaConfig(**{**given, "pos_att_type": terms, "num_labels": number_of_labels(raw)})
     check_heads(config)
     if config.conv_kernel_size > 0 and config.conv_kernel_size % 2 == 0:
-        raise ValueError(f"conv_kernel_size is {config.conv_kernel_size}; expected an odd number, which keeps the length")
+        raise ValueError(
+            f"conv_kernel_size is {config.conv_kernel_size}; expected an odd number, which keeps the length"
+        )
     for act in (config.hidden_act, config.pooler_hidden_act, config.conv_act):
         activation(act)
     return config
@@ -132,14 +134,14 @@ class Embeddings(nnx.Module):
 def distances(length: int, config: DebertaConfig) -> np.ndarray:
     """The row `(queries, keys)` of the relative embeddings for each query and key.
 
-    With buckets, distances beyond half of them share one with others, the more the farther they are: in float32, as
-    in `transformers`, for a distance at a bucket's border falls to one side or the other by a rounding error.
+    With buckets, a distance beyond half of them shares one with others, the more the farther it is. In float32, as in
+    `transformers`: on which side of a border between buckets a distance falls may hang on the last bit.
     """
     span = config.span
     distance = np.arange(length)[:, None] - np.arange(length)[None, :]
     if config.position_buckets > 0 and config.max_relative_positions > 0:
         middle = config.position_buckets // 2
-        far = np.where(np.abs(distance) < middle, middle - 1, np.abs(distance)).astype(np.float32)
+        far = np.maximum(np.abs(distance), middle).astype(np.float32)
         largest = np.log(np.float32((config.max_relative_positions - 1) / middle))
         logarithmic = np.ceil(np.log(far / np.float32(middle)) / largest * np.float32(middle - 1)) + middle
         distance = np.where(far <= middle, distance, logarithmic * np.sign(distance)).astype(np.int64)
@@ -177,7 +179,7 @@ class DisentangledAttention(nnx.Module):
             layer = self.query_proj if self.pos_query_proj is None else self.pos_query_proj
             products = jnp.einsum("bknd,pnd->bnpk", key, split_heads(layer(relative), self.head_dim))
             terms.append(jnp.take_along_axis(products, jnp.asarray(rows)[None, None], axis=2))
-        return sum(terms) if terms else None
+        return sum(terms[1:], terms[0]) if terms else None
 
 
 class Attention(nnx.Module):
@@ -322,12 +324,15 @@ class DebertaForMaskedLM(nnx.Module):
 
     def __init__(self, config: DebertaConfig, options: Options):
         self.deberta = DebertaModel(config, options)
-        self.cls = MaskedLMHead(config, config.embedded) if config.legacy else None
-        self.lm_predictions = None if config.legacy else LMPredictions(config)
+        if config.legacy:
+            self.cls = MaskedLMHead(config, config.embedded)
+        else:
+            self.lm_predictions = LMPredictions(config)
+        self.legacy = config.legacy
 
     def __call__(self, **inputs: Any) -> LMOutput:
         output = self.deberta(**inputs)
-        head = self.lm_predictions.lm_head if self.cls is None else self.cls.predictions
+        head = self.cls.predictions if self.legacy else self.lm_predictions.lm_head
         logits = head(output.last_hidden_state, self.deberta.embeddings.word_embeddings)
         return LMOutput(logits, hidden_states=output.hidden_states)
 

@@ -33,6 +33,7 @@ _GEMMA_DEFAULTS = {
 }
 _GEMMA2_DEFAULTS = {
     **_GEMMA_DEFAULTS,
+    "layer_types": None,
     "hidden_size": 2304,
     "intermediate_size": 9216,
     "num_hidden_layers": 26,
@@ -65,7 +66,7 @@ def read_gemma(raw: Mapping[str, Any], ignore: Collection[str] = ()) -> DecoderC
         raw,
         ignore,
         defaults=_GEMMA_DEFAULTS,
-        accepted={**_ACCEPTED, "hidden_activation": (None, act)},
+        accepted={**_ACCEPTED, "hidden_activation": (None, act), "sliding_window": (None,)},
         derived={**_common(raw), "hidden_act": act},
     )
 
@@ -170,8 +171,11 @@ _GEMMA3_CLASSES = {
     "causal-lm": "Gemma3ForCausalLM",
     "sequence-classification": "Gemma3TextForSequenceClassification",
 }
-_OTHERS = {name: class_names(name, without=("question-answering",)) for name in ("Gemma", "Gemma2")}
+_WITHOUT = ("question-answering",)
+_model = partial(Decoder, norm=RMSNorm)
 
-GEMMA = decoder_family("gemma", read_gemma, partial(Decoder, layer=gemma_layer, norm=RMSNorm), _OTHERS["Gemma"])
-GEMMA2 = decoder_family("gemma2", read_gemma2, partial(Decoder, layer=gemma2_layer, norm=RMSNorm), _OTHERS["Gemma2"])
-GEMMA3 = decoder_family("gemma3_text", read_gemma3, partial(Decoder, layer=gemma3_layer, norm=RMSNorm), _GEMMA3_CLASSES)
+GEMMA = decoder_family("gemma", read_gemma, partial(_model, layer=gemma_layer), class_names("Gemma", without=_WITHOUT))
+GEMMA2 = decoder_family(
+    "gemma2", read_gemma2, partial(_model, layer=gemma2_layer), class_names("Gemma2", without=_WITHOUT)
+)
+GEMMA3 = decoder_family("gemma3_text", read_gemma3, partial(_model, layer=gemma3_layer), _GEMMA3_CLASSES)

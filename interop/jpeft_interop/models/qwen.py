@@ -9,7 +9,7 @@ from ._heads import class_names, decoder_family
 from ._layers import RMSNorm
 from .llama import LlamaModel
 
-QWEN2_DEFAULTS = {
+_QWEN2_DEFAULTS = {
     "vocab_size": 151936,
     "hidden_size": 4096,
     "intermediate_size": 22016,
@@ -20,13 +20,14 @@ QWEN2_DEFAULTS = {
     "use_sliding_window": False,
     "sliding_window": 4096,
     "max_window_layers": 28,
+    "layer_types": None,
 }
-_QWEN3_DEFAULTS = {**QWEN2_DEFAULTS, "head_dim": 128}
+_QWEN3_DEFAULTS = {**_QWEN2_DEFAULTS, "head_dim": 128}
 _WINDOW_KEYS = ("use_sliding_window", "max_window_layers")
 _ACCEPTED = {"mlp_bias": (False,), "use_mrope": (False,)}
 
 
-def qwen_windows(raw: Mapping[str, Any]) -> dict[str, Any]:
+def _windows(raw: Mapping[str, Any]) -> dict[str, Any]:
     """The window of a Qwen's config.json and the layers that have it: by default from `max_window_layers` on."""
     window = raw["sliding_window"] if raw["use_sliding_window"] else None
     first = raw["num_hidden_layers"] if window is None else raw["max_window_layers"]
@@ -36,14 +37,14 @@ def qwen_windows(raw: Mapping[str, Any]) -> dict[str, Any]:
 
 def read_qwen2(raw: Mapping[str, Any], ignore: Collection[str] = ()) -> DecoderConfig:
     """The config of a Qwen 2's config.json. Raises ValueError for what is not implemented, by name."""
-    raw = {**QWEN2_DEFAULTS, **raw}
+    raw = {**_QWEN2_DEFAULTS, **raw}
     return read_decoder(
         raw,
         ignore,
-        defaults=QWEN2_DEFAULTS,
+        defaults=_QWEN2_DEFAULTS,
         accepted={**_ACCEPTED, "attention_bias": (True,)},
         known=_WINDOW_KEYS,
-        derived={**qwen_windows(raw), "attention_bias": True},
+        derived={**_windows(raw), "attention_bias": True},
     )
 
 
@@ -56,7 +57,7 @@ def read_qwen3(raw: Mapping[str, Any], ignore: Collection[str] = ()) -> DecoderC
         defaults=_QWEN3_DEFAULTS,
         accepted=_ACCEPTED,
         known=_WINDOW_KEYS,
-        derived={**qwen_windows(raw), "attention_output_bias": raw.get("attention_bias", False)},
+        derived={**_windows(raw), "attention_output_bias": raw.get("attention_bias", False)},
     )
 
 

@@ -8,8 +8,8 @@ from tests.interop.models.family_case import Case
 SIZES = {
     "vocab_size": 40,
     "d_model": 24,
-    "encoder_layers": 4,
-    "decoder_layers": 5,
+    "encoder_layers": 2,
+    "decoder_layers": 3,
     "encoder_attention_heads": 3,
     "decoder_attention_heads": 4,
     "encoder_ffn_dim": 44,
@@ -22,7 +22,6 @@ SIZES = {
     "decoder_start_token_id": 3,
     "forced_eos_token_id": None,
 }
-SMALL = {**SIZES, "encoder_layers": 2, "decoder_layers": 2}
 TASKS = ("base", "sequence-classification", "question-answering", "seq2seq-lm")
 
 CASES = [
@@ -36,7 +35,7 @@ CASES = [
     ),
     Case(
         "bart-shifted",
-        lambda: transformers.BartConfig(**{**SMALL, "scale_embedding": False, "activation_function": "relu"}),
+        lambda: transformers.BartConfig(**{**SIZES, "scale_embedding": False, "activation_function": "relu"}),
         TASKS,
         inputs=without_decoder,
         tokens=None,
@@ -44,7 +43,7 @@ CASES = [
     ),
     Case(
         "bart-lengths",
-        lambda: transformers.BartConfig(**SMALL),
+        lambda: transformers.BartConfig(**SIZES),
         ("seq2seq-lm",),
         inputs=lambda: with_decoder(7),
         tokens="decoder_attention_mask",

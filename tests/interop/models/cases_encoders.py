@@ -94,7 +94,7 @@ CASES = [
         lambda: deberta(
             conv_kernel_size=3, conv_act="gelu", type_vocab_size=2, position_biased_input=True, share_att_key=False
         ),
-        TASKS,
+        ("base", "masked-lm"),
         from_the_first,
     ),
     Case("deberta-types", lambda: deberta(type_vocab_size=3), TASKS[:1], with_types, full=False),

@@ -3,7 +3,7 @@
 import numpy as np
 import transformers
 
-from tests.interop.models.family_case import TINY, Case
+from tests.interop.models.family_case import TINY, Case, Inputs
 
 LONGROPE = {
     "rope_type": "longrope",
@@ -22,7 +22,7 @@ def longrope(**changes):
     return phi(original_max_position_embeddings=16, rope_parameters={**LONGROPE, **changes})
 
 
-def short_and_long():
+def short_and_long() -> list[Inputs]:
     ids = np.random.default_rng(1).integers(3, 40, (2, 40))
     return [{"input_ids": ids[:, :length]} for length in (16, 17, 40)]
 

@@ -5,7 +5,7 @@ import transformers
 from tests.interop.models.family_case import TINY, Case
 
 TASKS = ("base", "causal-lm", "sequence-classification", "token-classification", "question-answering")
-LONG = {"rope_type": "yarn", "rope_theta": 300.0, "factor": 3.0, "original_max_position_embeddings": 16}
+LONG = {"rope_type": "yarn", "rope_theta": 300.0, "factor": 4.0, "original_max_position_embeddings": 16}
 ROPE = {"rope_type": "default", "rope_theta": 700.0}
 UNUSUAL = {**TINY, "num_key_value_heads": 1, "rms_norm_eps": 1e-3, "rope_parameters": ROPE}
 ALTERNATE = ["sliding_attention", "full_attention"]

@@ -33,33 +33,39 @@ MASK[2, PROMPT - 2 : PROMPT] = 0
 each_family = pytest.mark.parametrize("name", CONFIGS)
 
 
-def logits(model, **inputs):
-    with jax.numpy_dtype_promotion("strict"):
-        return jax.jit(model.apply, static_argnames="cache_length")(model.params, **inputs)
+def compiled(model):
+    call = jax.jit(model.apply, static_argnames="cache_length")
+
+    def strictly(**inputs):
+        with jax.numpy_dtype_promotion("strict"):
+            return call(model.params, **inputs)
+
+    return strictly
 
 
 @each_family
 @pytest.mark.parametrize("scan_layers", [False, True])
 def test_tokens_one_by_one_are_as_good_as_all_at_once(name, scan_layers, tmp_path):
     theirs = oracle.random_model(name, CONFIGS[name]())
-    model = FlaxAutoModelForCausalLM.from_pretrained(oracle.saved(theirs, tmp_path), scan_layers=scan_layers)
+    folder = oracle.saved(theirs, tmp_path)
+    call = compiled(FlaxAutoModelForCausalLM.from_pretrained(folder, scan_layers=scan_layers))
     expected = oracle.torch_output(theirs, "logits", input_ids=IDS, attention_mask=MASK)
-    oracle.assert_close(np.asarray(logits(model, input_ids=IDS, attention_mask=MASK).logits), expected, MASK)
-    output = logits(model, input_ids=IDS[:, :PROMPT], attention_mask=MASK[:, :PROMPT], cache_length=12)
+    oracle.assert_close(np.asarray(call(input_ids=IDS, attention_mask=MASK).logits), expected, MASK)
+    output = call(input_ids=IDS[:, :PROMPT], attention_mask=MASK[:, :PROMPT], cache_length=12)
     pieces = [output.logits]
     for at in range(PROMPT, 10):
         token, seen = IDS[:, at : at + 1], MASK[:, at : at + 1]
-        output = logits(model, input_ids=token, attention_mask=seen, past_key_values=output.past_key_values)
+        output = call(input_ids=token, attention_mask=seen, past_key_values=output.past_key_values)
         pieces.append(output.logits)
     oracle.assert_close(np.concatenate(pieces, axis=1), expected, MASK)
 
 
 @each_family
 def test_a_cache_of_prompts_without_a_mask(name):
-    model = FlaxAutoModelForCausalLM.from_config(CONFIGS[name]().to_dict())
-    expected = np.asarray(logits(model, input_ids=IDS).logits)
-    output = logits(model, input_ids=IDS[:, :PROMPT], cache_length=10)
-    last = logits(model, input_ids=IDS[:, PROMPT:], past_key_values=output.past_key_values)
+    call = compiled(FlaxAutoModelForCausalLM.from_config(CONFIGS[name]().to_dict()))
+    expected = np.asarray(call(input_ids=IDS).logits)
+    output = call(input_ids=IDS[:, :PROMPT], cache_length=10)
+    last = call(input_ids=IDS[:, PROMPT:], past_key_values=output.past_key_values)
     oracle.assert_close(np.concatenate([output.logits, last.logits], axis=1), expected)
 
 
@@ -68,8 +74,8 @@ def test_half_precision_stays_near(name):
     model = FlaxAutoModelForCausalLM.from_config(CONFIGS[name]().to_dict())
     rough = FlaxAutoModelForCausalLM.from_config(CONFIGS[name]().to_dict(), dtype=jnp.bfloat16, abstract=True)
     inputs = {"input_ids": IDS, "attention_mask": MASK}
-    expected = np.asarray(logits(model, **inputs).logits)
-    actual = logits(dataclasses.replace(rough, params=model.params), **inputs).logits
+    expected = np.asarray(compiled(model)(**inputs).logits)
+    actual = compiled(dataclasses.replace(rough, params=model.params))(**inputs).logits
     assert actual.dtype == jnp.bfloat16
     assert np.abs(np.asarray(actual, np.float32) - expected)[MASK != 0].max() < 0.05 * np.abs(expected).max()
 

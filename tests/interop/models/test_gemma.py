@@ -94,6 +94,7 @@ def test_rotary_settings_by_kind():
             {"hidden_act": "silu", "hidden_activation": "relu"},
             r"hidden_activation='relu' \(.*None or 'silu'\)",
         ),
+        ("gemma", {"sliding_window": 7}, r"sliding_window=7 \(expected None\)"),
         ("gemma", {"query_pre_attn_scalar": 7}, "query_pre_attn_scalar=7"),
         ("gemma", {"attn_logit_softcapping": 7.0}, "attn_logit_softcapping=7.0"),
         ("gemma2", {"sliding_window_size": 7}, r"sliding_window_size=7 \(expected None or 4096\)"),

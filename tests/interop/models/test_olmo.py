@@ -18,9 +18,9 @@ olmo2 = importlib.import_module("transformers.models.olmo2.modeling_olmo2")
 def test_norm_is_scaled_before_the_cast():
     random = np.random.default_rng(0)
     x, scale = random.normal(size=(64, 24)).astype(np.float32), random.normal(size=24).astype(np.float32)
-    graphdef, state = nnx.split(Norm(24, eps=1e-5))
-    state["scale"] = state["scale"].replace(jnp.asarray(scale))
-    ours = nnx.merge(graphdef, state)(jnp.asarray(x, jnp.bfloat16))
+    norm = Norm(24, eps=1e-5)
+    norm.scale = nnx.Param(jnp.asarray(scale))
+    ours = norm(jnp.asarray(x, jnp.bfloat16))
     theirs = olmo2.Olmo2RMSNorm(24, eps=1e-5)
     with torch.no_grad():
         theirs.weight.copy_(torch.tensor(scale))
