@@ -103,7 +103,9 @@ class Method:
 
     init(key, site, config, weight) -> {name: array}; weight() is the canonical W, built on demand.
     scaling(site, config) -> float. dropout(config) -> rate in [0, 1).
-    frozen: names of arrays that do not train. kinds: the kinds of module that it can act on.
+    frozen: names of arrays that do not train. derived: names of arrays that do not train either and follow from the
+    weight that is adapted: files do not hold them, `init` makes them anew, whatever its key is. kinds: the kinds of
+    module that it can act on.
     changes_bias: whether merge returns another bias.
     """
 
@@ -116,7 +118,13 @@ class Method:
     dropout: Callable[[Any], float] = lambda config: 0.0
     kinds: frozenset[str] = frozenset({LINEAR})
     frozen: frozenset[str] = frozenset()
+    derived: frozenset[str] = frozenset()
     changes_bias: bool = False
+
+    @property
+    def fixed(self) -> frozenset[str]:
+        """Names of all arrays that do not train."""
+        return self.frozen | self.derived
 
 
 def low_rank(*, factors: Factors, **fields: Any) -> Method:
@@ -150,19 +158,30 @@ def wide_dtype(dtype: Any) -> Any:
     return dtype if jnp.finfo(dtype).bits > 32 else jnp.dtype(jnp.float32)
 
 
-_METHODS: dict[type[PeftConfig], Method] = {}
+_METHODS: dict[type[PeftConfig], list[tuple[Callable[[Any], bool], Method]]] = {}
 
 
-def register(method: Method) -> Method:
-    """Make a method known under its config class; `jpeft/methods` does this on import."""
-    _METHODS[method.config] = method
+def _always(config: PeftConfig) -> bool:
+    return True
+
+
+def register(method: Method, *, applies: Callable[[Any], bool] | None = None) -> Method:
+    """Make a method known under its config class; `jpeft/methods` does this on import.
+
+    applies: for a variant, the configs of its class that mean it, rather than the method that was registered first.
+    """
+    known = _METHODS.setdefault(method.config, [])
+    if applies is None:
+        known[:] = [*(entry for entry in known if entry[0] is not _always), (_always, method)]
+    else:
+        known.insert(0, (applies, method))
     return method
 
 
 def method_of(config: PeftConfig) -> Method:
     """The method that a config belongs to; raises TypeError for a config of no known method."""
-    method = _METHODS.get(type(config))
-    if method is None:
+    found = next((method for applies, method in _METHODS.get(type(config), ()) if applies(config)), None)
+    if found is None:
         known = ", ".join(sorted(cls.__name__ for cls in _METHODS))
         raise TypeError(f"{type(config).__name__} is not the config of a known method; expected one of: {known}")
-    return method
+    return found

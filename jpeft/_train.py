@@ -38,7 +38,7 @@ def trainable_mask(wrapped: PeftParams) -> PeftParams:
 
 
 def _adapter_mask(adapter: Adapter, active: bool) -> Adapter:
-    trains, frozen = active and not adapter.config.inference_mode, method_of(adapter.config).frozen
+    trains, frozen = active and not adapter.config.inference_mode, method_of(adapter.config).fixed
     return dataclasses.replace(
         adapter,
         weights={
@@ -204,7 +204,7 @@ def _size(leaf: Any) -> int:
 
 
 def _size_beside(adapter: Adapter) -> int:
-    frozen = method_of(adapter.config).frozen
+    frozen = method_of(adapter.config).fixed
     arrays = [item for own in (*adapter.weights.values(), adapter.shared) for item in own.items()]
     copies = [leaf for path, leaf in adapter.replaced.items() if not _is_bias_alone(path, adapter)]
     return sum(_size(array) for name, array in arrays if name not in frozen) + sum(map(_size, copies))

@@ -148,6 +148,22 @@ def _initial_layers(
     return {name: jnp.stack([arrays[name] for arrays in drawn]) for name in drawn[0]}
 
 
+def derived_arrays(leaf: Any, site: Site, config: PeftConfig, dtype: Any = jnp.float32) -> dict[str, Any]:
+    """The arrays of a site that its method derives from the weight, abstract if that is; none for most methods.
+
+    leaf: the base leaf of the site.
+    """
+    method = method_of(config)
+    if not method.derived:
+        return {}
+
+    def compute(leaf: Any) -> dict[str, jax.Array]:
+        arrays = _initial_layers(jax.random.key(0), leaf, site, method, config, dtype)
+        return {name: array for name, array in arrays.items() if name in method.derived}
+
+    return jax.eval_shape(compute, leaf) if isinstance(leaf, jax.ShapeDtypeStruct) else jax.jit(compute)(leaf)
+
+
 def _initial(
     key: jax.Array, leaf: Any, site: Site, method: Method, config: Any, dtype: Any, layer: int | None = None
 ) -> dict[str, jax.Array]:

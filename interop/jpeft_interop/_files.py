@@ -31,8 +31,9 @@ def write_tensors(path: Path, tensors: Mapping[str, np.ndarray]) -> None:
 
 
 def _same(first: np.ndarray, second: np.ndarray) -> bool:
-    bits = (array.reshape(-1).view(np.uint8) for array in (first, second))
-    return (first.dtype, first.shape) == (second.dtype, second.shape) and np.array_equal(*bits)
+    if (first.dtype, first.shape) != (second.dtype, second.shape):
+        return False
+    return np.array_equal(first.reshape(-1).view(np.uint8), second.reshape(-1).view(np.uint8))
 
 
 def read_tensors(path: Path) -> dict[str, np.ndarray]:

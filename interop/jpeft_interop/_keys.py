@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 
+from jpeft._contract import method_of
 from jpeft._params import Adapter
 from jpeft._paths import last_name, parent
 
@@ -56,6 +57,7 @@ def slots(adapter: Adapter, leaves: Mapping[str, Any], family: Family, layouts: 
         (_weight_key(family, path, name), Slot("weights", path, name, tuple(array.shape)))
         for path, arrays in adapter.weights.items()
         for name, array in arrays.items()
+        if name not in method_of(adapter.config).derived
     ]
     entries += [
         (f"base_model.{name}", Slot("shared", "", name, tuple(array.shape))) for name, array in adapter.shared.items()

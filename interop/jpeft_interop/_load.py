@@ -18,6 +18,7 @@ from jpeft._paths import leaves_by_path
 from jpeft._sites import candidates
 from jpeft._stacks import unstacked
 from jpeft._targets import module_paths
+from jpeft._wrap import derived_arrays
 
 from ._config_json import SECOND_NAMES, read_config
 from ._family import Family, family_of
@@ -137,7 +138,8 @@ def _load(
     whole = planned.adapters[adapter_name]
     single = unstacked_adapter(whole)
     fitted = fit(files.weights, tensors, single, layers, family, layouts)
-    adapter = restacked_adapter(files.weights, _filled(single, fitted, tensors), whole, layers)
+    filled = _filled(single, fitted, tensors)
+    adapter = _with_derived(restacked_adapter(files.weights, filled, whole, layers), leaves)
     return dataclasses.replace(planned, base=wrapped.base, adapters={**wrapped.adapters, adapter_name: adapter})
 
 
@@ -164,6 +166,15 @@ def _refuse_wide(path: Path, tensors: Mapping[str, np.ndarray]) -> None:
         raise ValueError(
             f"{path}: JAX would narrow {listed(narrowed)}; expected float32 or narrower, or JAX with jax_enable_x64"
         )
+
+
+def _with_derived(adapter: Adapter, leaves: Mapping[str, Any]) -> Adapter:
+    """The adapter with what its method derives from the base weights, which no file holds."""
+    if not method_of(adapter.config).derived:
+        return adapter
+    own = {path: derived_arrays(leaves[site.leaf], site, adapter.config) for path, site in adapter.sites.items()}
+    weights = {path: {**arrays, **own[path]} for path, arrays in adapter.weights.items()}
+    return dataclasses.replace(adapter, weights=weights)
 
 
 def _filled(planned: Adapter, fitted: Fitted, tensors: Mapping[str, np.ndarray]) -> Adapter:

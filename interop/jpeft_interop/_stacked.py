@@ -63,8 +63,11 @@ def restacked_adapter(path: Path, adapter: Adapter, planned: Adapter, layers: Ma
     return dataclasses.replace(
         adapter,
         weights={
-            site: {name: _stacked(path, site, [adapter.weights[layer][name] for layer in _paths(site)]) for name in own}
-            for site, own in planned.weights.items()
+            site: {
+                name: _stacked(path, site, [adapter.weights[layer][name] for layer in _paths(site)])
+                for name in adapter.weights[_paths(site)[0]]
+            }
+            for site in planned.weights
         },
         replaced={leaf: _stacked(path, leaf, arrays) for leaf, arrays in replaced.items()},
         scaling={

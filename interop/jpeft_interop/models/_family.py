@@ -44,9 +44,10 @@ class Family:
     `architectures` is keyed by task: "base", "causal-lm", "sequence-classification", ... `heads` are modules that only
     some classes have: a checkpoint may hold those that a class does not want. Those in `new_heads` it may lack, and
     they are initialised. `renames`: (regular expression, replacement) pairs that turn the tensor names of older
-    checkpoints into today's. `unused`: regular expressions of tensors that no class needs. `layouts`: {regular
-    expression of a leaf: layout} for `jpeft.wrap`, where a shape does not tell it. `decodes`: whether its networks
-    keep a cache and can generate.
+    checkpoints into today's. `splits`: (regular expression, replacements) pairs of older tensors that hold several of
+    today's, of equal size, one after another along the first axis. `unused`: regular expressions of tensors that no
+    class needs. `layouts`: {regular expression of a leaf: layout} for `jpeft.wrap`, where a shape does not tell it.
+    `decodes`: whether its networks keep a cache and can generate.
     """
 
     model_type: str
@@ -57,6 +58,7 @@ class Family:
     heads: tuple[str, ...] = ()
     new_heads: tuple[str, ...] = ()
     renames: tuple[tuple[str, str], ...] = ()
+    splits: tuple[tuple[str, tuple[str, ...]], ...] = ()
     unused: tuple[str, ...] = ()
     layouts: Mapping[str, str] = field(default_factory=dict)
     decodes: bool = False

@@ -135,6 +135,7 @@ def match(
     Raises one ValueError that lists all tensors which are missing, unexpected, misshapen or of an unreadable dtype.
     """
     known = {piece.name for leaf in leaves.values() for pieces in leaf.alternatives for piece in pieces}
+    tensors = _split(tensors, family.splits)
     given = _untied(_renamed(tensors, known, family, architecture), known, architecture.tied)
     chosen = {path: _chosen(leaf, given) for path, leaf in leaves.items()}
     missing = {path: [p.name for p in pieces if p.name not in given] for path, pieces in chosen.items()}
@@ -193,6 +194,20 @@ def _within(path: str, modules: tuple[str, ...]) -> bool:
 
 def _needless(name: str, family: Family) -> bool:
     return name.endswith(BUFFERS) or any(re.search(pattern, name) for pattern in family.unused)
+
+
+def _split(tensors: Mapping[str, Tensor], splits: tuple[tuple[str, tuple[str, ...]], ...]) -> dict[str, Tensor]:
+    """The tensors; those that hold several of today's are cut into them."""
+    found = dict(tensors)
+    for pattern, replacements in splits:
+        for name in [name for name in found if re.search(pattern, name) and found[name].dtype in READABLE]:
+            tensor = found.pop(name)
+            rows = tensor.shape[0] // len(replacements)
+            size = rows * prod(tensor.shape[1:]) * jnp.dtype(READABLE[tensor.dtype]).itemsize
+            for number, replacement in enumerate(replacements):
+                part = Tensor(tensor.file, tensor.offset + number * size, (rows, *tensor.shape[1:]), tensor.dtype)
+                found[re.sub(pattern, replacement, name)] = part
+    return found
 
 
 def _renamed(

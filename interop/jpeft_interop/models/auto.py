@@ -19,12 +19,12 @@ from ._loading import catalogue, load, match, weight_files
 from ._model import FlaxModel
 from ._shardings import Rules, placement
 from ._stack import check_remat
+from .bart import BART
 from .bert import BERT
-from .clip import CLIP, CLIP_TEXT, CLIP_VISION
-from .dinov2 import DINOV2
-from .vit import VIT
 from .bloom import BLOOM
+from .clip import CLIP, CLIP_TEXT, CLIP_VISION
 from .deberta import DEBERTA_V2
+from .dinov2 import DINOV2
 from .distilbert import DISTILBERT
 from .gemma import GEMMA, GEMMA2, GEMMA3
 from .gpt2 import GPT2
@@ -38,13 +38,18 @@ from .qwen import QWEN2, QWEN3
 from .qwen_moe import QWEN3_MOE
 from .roberta import ROBERTA, XLM_ROBERTA
 from .t5 import MT5, T5
-from .bart import BART
+from .vit import VIT
 from .whisper import WHISPER
 
 FAMILIES: Mapping[str, Family] = {
     family.model_type: family
     for family in (
-        CLIP, CLIP_TEXT, CLIP_VISION, DINOV2, VIT, DEBERTA_V2,
+        CLIP,
+        CLIP_TEXT,
+        CLIP_VISION,
+        DINOV2,
+        VIT,
+        DEBERTA_V2,
         DISTILBERT,
         ROBERTA,
         XLM_ROBERTA,
@@ -65,7 +70,10 @@ FAMILIES: Mapping[str, Family] = {
         PHI3,
         QWEN3_MOE,
         MT5,
-        T5, BART, WHISPER)
+        T5,
+        BART,
+        WHISPER,
+    )
 }
 """The families, by the `model_type` of their configs."""
 

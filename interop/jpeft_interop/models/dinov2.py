@@ -192,6 +192,7 @@ DINOV2 = Family(
         (r"\.attention\.output\.dense\.", ".attention.o_proj."),
         (r"\.mlp\.weights_out\.", ".mlp.down_proj."),
     ),
+    splits=((r"\.mlp\.weights_in\.", (".mlp.gate_proj.", ".mlp.up_proj.")),),
     unused=(r"embeddings\.mask_token$",),
     layouts=TOKEN_LAYOUTS,
 )
