@@ -87,6 +87,13 @@ CASES = [
         tokens=None,
     ),
     Case(
+        "dinov2-swiglu",
+        lambda: transformers.Dinov2Config(**DINO_SIZES, use_swiglu_ffn=True, mlp_ratio=3, use_mask_token=False),
+        TASKS,
+        pictures(),
+        tokens=None,
+    ),
+    Case(
         "dinov2-masked",
         lambda: transformers.Dinov2Config(**DINO_SIZES, hidden_act="relu", qkv_bias=False),
         TASKS[:1],
@@ -94,7 +101,7 @@ CASES = [
         tokens=None,
         full=False,
     ),
-    Case("clip", clip, TASKS[:1], texts_and_pictures, tokens=None, full=False),
+    Case("clip", clip, TASKS[:1], texts_and_pictures, tokens=None),
     Case("clip-legacy", lambda: clip(eos_token_id=2), TASKS[:1], texts_and_pictures, tokens=None, full=False),
     Case("clip-images", clip, TASKS[1:], pictures(), tokens=None),
     Case("clip-text-model", lambda: transformers.CLIPTextConfig(**TEXT), TASKS[:1], texts),

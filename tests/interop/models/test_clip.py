@@ -1,4 +1,4 @@
-"""CLIP: what is its alone, and the laws of test_families.py for the model that has no hidden states of its own."""
+"""CLIP: what is its alone; the laws are in test_families.py."""
 
 import importlib
 
@@ -14,10 +14,7 @@ transformers = pytest.importorskip("transformers")
 oracle = importlib.import_module("tests.interop.models.torch_oracle")
 cases = importlib.import_module("tests.interop.models.cases_vision")
 
-laws = importlib.import_module("tests.interop.models.test_families")
-
 INPUTS = cases.texts_and_pictures()[-1]
-CASE = next(case for case in cases.CASES if case.name == "clip")
 
 
 @pytest.fixture(scope="module")
@@ -45,38 +42,6 @@ def test_both_towers(theirs, folder):
         for state, reference in zip(ours_of.hidden_states, theirs_of.hidden_states, strict=True):
             tokens = INPUTS["attention_mask"] if name == "text_model_output" else None
             oracle.assert_close(np.asarray(state), reference.numpy(), tokens)
-
-
-@pytest.fixture
-def whole(tmp_path):
-    return oracle.saved(laws.theirs(CASE, "base"), tmp_path)
-
-
-@pytest.mark.parametrize(
-    "law", [laws.test_gradients_of_stacked_layers_with_remat, laws.test_an_unknown_key_of_the_config_is_refused]
-)
-def test_laws_of_a_folder(law, whole):
-    law(CASE, "base", whole)
-
-
-@pytest.mark.parametrize(
-    "law", [laws.test_paths_are_those_of_the_torch_modules, laws.test_every_linear_layer_can_be_adapted]
-)
-def test_laws_of_a_model(law, whole):
-    law(CASE, "base", FlaxAutoModel.from_pretrained(whole))
-
-
-def test_the_defaults_are_those_of_transformers():
-    laws.test_the_defaults_are_those_of_transformers(CASE, "base")
-
-
-def test_transformers_loads_what_is_saved(whole, tmp_path):
-    laws.test_transformers_loads_what_is_saved(CASE, "base", FlaxAutoModel.from_pretrained(whole), tmp_path)
-
-
-@pytest.mark.parametrize("scan_layers", [False, True])
-def test_peft_loads_an_adapter(scan_layers, whole, tmp_path):
-    laws.test_peft_loads_an_adapter(CASE, "base", whole, scan_layers, tmp_path)
 
 
 def test_a_classifier_from_the_checkpoint_of_both_towers(theirs, folder):

@@ -32,6 +32,13 @@ FULL = [case for case in CASES if case.full]
 OUTPUTS = ("logits", "last_hidden_state", "pooler_output", "start_logits", "end_logits", "logits_per_image")
 
 
+HIDDEN_STATES = [
+    *(("", name) for name in ("hidden_states", "encoder_hidden_states", "decoder_hidden_states")),
+    *((f"{tower}_model_output", "hidden_states") for tower in ("text", "vision")),
+]
+"""Where an output holds them: in itself, or in that of a tower."""
+
+
 def each_task(cases):
     return pytest.mark.parametrize(
         "case, task", [pytest.param(case, task, id=f"{case.name}-{task}") for case in cases for task in case.tasks]
@@ -104,8 +111,9 @@ def test_hidden_states(case, task, ours):
     [actual] = applied(ours, inputs, output_hidden_states=True)
     expected = torch_outputs(theirs(case, task), inputs, output_hidden_states=True)
     compared = 0
-    for name in ("hidden_states", "encoder_hidden_states", "decoder_hidden_states"):
-        states, reference = getattr(actual, name, None), getattr(expected, name, None)
+    for part, name in HIDDEN_STATES:
+        tower, other_tower = (getattr(output, part, None) if part else output for output in (actual, expected))
+        states, reference = getattr(tower, name, None), getattr(other_tower, name, None)
         assert (states is None) == (reference is None)
         if states is None:
             continue
@@ -159,12 +167,18 @@ def per_tensor(model: FlaxModel, tree):
 
 @each_task(FULL)
 def test_paths_are_those_of_the_torch_modules(case, task, ours):
-    state = {name: tuple(value.shape) for name, value in theirs(case, task).named_parameters()}
+    reference = theirs(case, task)
+    saved = reference.state_dict()
+    held = [
+        *reference.named_parameters(),
+        *((name, value) for name, value in reference.named_buffers() if name in saved),
+    ]
+    state = {name: tuple(value.shape) for name, value in held}
     tensors = {name: shape for leaf in ours.blueprint.leaves.values() for name, shape in tensors_of(leaf).items()}
     fused = {name for name in state if name not in tensors}
     if not fused:
         assert tensors == state
-    modules = {name for name, _ in theirs(case, task).named_modules()}
+    modules = {name for name, _ in reference.named_modules()}
     assert {path.rpartition(".")[0] for path in ours.blueprint.leaves} <= modules
     assert sum(np.prod(shape) for shape in tensors.values()) == sum(np.prod(shape) for shape in state.values())
 
