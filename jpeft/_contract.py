@@ -13,7 +13,8 @@ There are three ways to write one, from the least code to the most freedom:
     additive   delta(p, site) -> array of W's shape
     general    forward(p, x, base, site, context) -> y  and  merge(p, w, b, site) -> (w, b)
 
-`p` holds the arrays that `init` returned, and `p["scaling"]`. A method of the first kind never has its change
+`p` holds the arrays that `init` returned, and `p["scaling"]`. `context` may hold "rng", a key for this one use of
+the module, during training. A method of the first kind never has its change
 of W built; the engine multiplies with the factors.
 """
 
@@ -81,11 +82,13 @@ class Base:
     """The product that a method changes, as a function: `base(x)` is x W, whatever W is made of.
 
     `base.apply(x, kernel)` is the same operation (product, convolution, lookup) with another canonical kernel
-    `(in, *window, features)`.
+    `(in, *window, features)`. `base.project(a)` contracts rows `a (rank, in, *window)` with the base weight itself,
+    whatever other adapters act on it: `(rank, out)`, float32 or wider.
     """
 
     call: Callable[[jax.Array], jax.Array]
     apply: Callable[[jax.Array, jax.Array], jax.Array]
+    project: Callable[[jax.Array], jax.Array]
 
     def __call__(self, x: jax.Array) -> jax.Array:
         return self.call(x)
@@ -106,7 +109,9 @@ class Method:
     frozen: names of arrays that do not train. derived: names of arrays that do not train either and follow from the
     weight that is adapted: files do not hold them, `init` makes them anew, whatever its key is. kinds: the kinds of
     module that it can act on.
-    changes_bias: whether merge returns another bias.
+    changes_bias: whether merge returns another bias. needs_base: whether merge is to get the base weight itself as
+    `p["base"]`, beside `w`, into which other adapters may have been merged.
+    noisy(config): whether training needs a key besides that for dropout.
     """
 
     config: type[PeftConfig]
@@ -120,6 +125,8 @@ class Method:
     frozen: frozenset[str] = frozenset()
     derived: frozenset[str] = frozenset()
     changes_bias: bool = False
+    needs_base: bool = False
+    noisy: Callable[[Any], bool] = lambda config: False
 
     @property
     def fixed(self) -> frozenset[str]:
@@ -151,6 +158,20 @@ def additive(*, delta: Callable[[Arrays, Site], jax.Array], **fields: Any) -> Me
         return (w.astype(wide) + change.astype(wide)).astype(w.dtype), b
 
     return Method(forward=forward, merge=merge, **fields)
+
+
+def dropped(x: jax.Array, rate: float, context: Mapping[str, Any]) -> jax.Array:
+    """x with entries dropped at a rate and the rest scaled up; x itself if the context of `forward` has no key."""
+    if "rng" not in context or not rate:
+        return x
+    kept = jax.random.bernoulli(context["rng"], 1.0 - rate, x.shape)
+    return jnp.where(kept, x / jnp.asarray(1.0 - rate, x.dtype), jnp.zeros_like(x))
+
+
+def project(a: jax.Array, w: jax.Array) -> jax.Array:
+    """Rows (rank, in, *window) contracted with a canonical weight (in, *window, out): (rank, out), in w's precision."""
+    wide = wide_dtype(w.dtype)
+    return jnp.tensordot(a.astype(w.dtype), w, axes=w.ndim - 1, preferred_element_type=wide)
 
 
 def wide_dtype(dtype: Any) -> Any:

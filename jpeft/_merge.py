@@ -39,7 +39,9 @@ def merge(wrapped: PeftParams, *, adapter_names: str | Sequence[str] | None = No
             p = {**adapter.weights[path], "scaling": adapter.scaling[path]}
             weight = changed.get(site.leaf, leaves[site.leaf])
             bias = None if site.bias is None else changed.get(site.bias, leaves[site.bias])
-            changed[site.leaf], merged_bias = _merged(p, weight, bias, site, method_of(adapter.config))
+            method = method_of(adapter.config)
+            own = leaves[site.leaf] if method.needs_base else None
+            changed[site.leaf], merged_bias = _merged(p, weight, bias, own, site, method)
             if site.bias is not None:
                 changed[site.bias] = merged_bias
     for path, leaf in changed.items() if safe else ():
@@ -52,13 +54,15 @@ def merge(wrapped: PeftParams, *, adapter_names: str | Sequence[str] | None = No
     return jax.tree_util.tree_map_with_path(chosen, wrapped.base)
 
 
-def _merged(p: Arrays, weight: Any, bias: Any, site: Site, method: Method) -> tuple[Any, Any]:
+def _merged(p: Arrays, weight: Any, bias: Any, own: Any, site: Site, method: Method) -> tuple[Any, Any]:
+    """The merged weight and bias. own: the base's weight, if the method asks for it."""
     if not jnp.issubdtype(weight.dtype, jnp.inexact):
         raise ValueError(f"cannot merge into {site.leaf!r}: its dtype is {weight.dtype}; expected a floating-point one")
     dtype = jax.dtypes.canonicalize_dtype(weight.dtype)
     wide = wide_dtype(dtype)
 
-    def compute(p: Arrays, weight: Any, bias: Any) -> tuple[jax.Array, jax.Array | None]:
+    def compute(p: Arrays, weight: Any, bias: Any, own: Any) -> tuple[jax.Array, jax.Array | None]:
+        p = p if own is None else {**p, "base": canonical(own, site.layout)}
         w = canonical(weight, site.layout).astype(wide)
         b = None if bias is None else canonical(jnp.reshape(bias, bias_sizes(site)), bias_layout(site)).astype(wide)
 
@@ -78,8 +82,8 @@ def _merged(p: Arrays, weight: Any, bias: Any, site: Site, method: Method) -> tu
 
     abstract = any(isinstance(array, jax.ShapeDtypeStruct) for array in (*p.values(), weight))
     if abstract:
-        return jax.eval_shape(compute, p, weight, bias)
-    return _sharded_like((weight, bias), compute)(p, weight, bias)
+        return jax.eval_shape(compute, p, weight, bias, own)
+    return _sharded_like((weight, bias), compute)(p, weight, bias, own)
 
 
 def _sharded_like(leaves: tuple[Any, Any], compute: Callable[..., tuple[Any, Any]]) -> Callable[..., tuple[Any, Any]]:

@@ -23,7 +23,10 @@ LARGEST_WINDOW = 64
 
 @dataclasses.dataclass(frozen=True)
 class Candidate:
-    """A leaf that could be adapted. layout is None where the shape alone does not tell it."""
+    """A leaf that could be adapted. layout is None where the shape alone does not tell it.
+
+    explicit: whether the layout was given rather than read off the shape.
+    """
 
     path: str
     leaf: str
@@ -32,6 +35,7 @@ class Candidate:
     shape: tuple[int, ...]
     dtype: str
     bias_shape: tuple[int, ...] | None
+    explicit: bool = False
 
     @property
     def kind(self) -> str | None:
@@ -113,7 +117,7 @@ def _candidate(path: str, module: str, leaves: Mapping[str, Any], layouts: Mappi
         _check_layout(path, shape, explicit)
     layout = _default_layout(path, shape) if explicit is None else explicit
     bias_shape = None if bias is None else tuple(leaves[bias].shape)
-    return Candidate(module, path, bias, layout, shape, str(leaf.dtype), bias_shape)
+    return Candidate(module, path, bias, layout, shape, str(leaf.dtype), bias_shape, explicit is not None)
 
 
 def _explicit_layout(path: str, module: str, layouts: Mapping[str, str]) -> str | None:

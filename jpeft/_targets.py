@@ -9,6 +9,7 @@ from typing import Any
 
 from ._config import TaskType, TunerConfig
 from ._contract import LINEAR, Method, Site
+from ._parameters import check_disjoint, parameter_sites
 from ._paths import BIAS_NAMES, WEIGHT_NAMES, last_name, parent
 from ._patterns import checked_regex, key_matches, matches
 from ._sites import Candidate
@@ -35,7 +36,8 @@ def by_layer(config: TunerConfig) -> TunerConfig:
     >>> by_layer(jpeft.LoraConfig(target_modules=["layers.0:2.q"])).target_modules
     ('layers.0.q', 'layers.1.q')
     """
-    names = {name: getattr(config, name) for name in ("target_modules", "exclude_modules", "modules_to_save")}
+    lists = ("target_modules", "exclude_modules", "modules_to_save", "target_parameters")
+    names = {name: getattr(config, name) for name in lists if hasattr(config, name)}
     changed: dict[str, Any] = {name: spelled_out(value) for name, value in names.items()}
     for name in ("rank_pattern", "alpha_pattern"):
         names[name] = getattr(config, name, None) or {}
@@ -75,6 +77,10 @@ def select_sites(
     >>> list(select_sites(leaves, candidates(leaves), config, method_of(config)))
     ['a']
     """
+    parameters = parameter_sites(leaves, found, config, method)
+    if not config.target_modules and parameters:
+        _warn_of_idle_names([], (), parameters, config)
+        return parameters
     if not config.target_modules:
         raise ValueError(
             f"target_modules is {config.target_modules!r}; name the modules to adapt, for example "
@@ -94,9 +100,11 @@ def select_sites(
     supported = {path: found[path] for path in asked if _is_supported(path, found, method)}
     if not everything:
         _check_supported(asked, supported, leaves, found, config, method)
-    if not supported:
+    if not supported and not parameters:
         raise ValueError(_no_match(remaining, excluded, found, config))
-    sites = {path: candidate.site() for path, candidate in supported.items()}
+    modules = {path: candidate.site() for path, candidate in supported.items()}
+    check_disjoint(modules, parameters)
+    sites = {**modules, **parameters}
     if everything:
         _warn_of_unknown_layouts(remaining, found)
     _warn_of_idle_names(paths, excluded, sites, config)

@@ -97,8 +97,8 @@ def cut_by(primitive: str) -> dict[str, tuple[str, ...]]:
 
 _GENERAL = {"low-rank": "transformed"}
 WITHOUT_FACTORS = "a method without factors"
-LOOKUP = {"how": ("lookup",), "general": (f"merged: gather ({WITHOUT_FACTORS})",)}
-CONV = {"general": (f"merged: conv_general_dilated ({WITHOUT_FACTORS})",)}
+LOOKUP = {"how": ("lookup",)}
+CONV: dict[str, Any] = {}
 
 X, SQUARE, STACKED = (2, 5, 4), (4, 4), (3, 4, 4)
 IDS = np.array([[1, 2, 3], [0, 6, 6]], np.int32)

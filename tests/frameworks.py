@@ -16,8 +16,8 @@ from tests.harness import Case, Problem, random_like
 
 KEY = np.zeros(2, np.uint32)
 X, IMAGE, IDS = (2, 5, 4), (2, 6, 6, 2), np.array([[1, 2, 3], [0, 6, 6]], np.int32)
-LOOKUP = {"how": ("lookup",), "general": ("merged: gather (a method without factors)",)}
-CONV = {"general": ("merged: conv_general_dilated (a method without factors)",)}
+LOOKUP = {"how": ("lookup",)}
+CONV: dict[str, Any] = {}
 GROUPED = "merged: conv_general_dilated (grouped convolution)"
 ATTENTION = {"query": "ioo", "key": "ioo", "value": "ioo", "out": "iio"}
 

@@ -46,7 +46,6 @@ FORMATS: Mapping[str, Format] = {
             "layer_replication": (None, []),
             "lora_bias": (False,),
             "monteclora_config": (None,),
-            "target_parameters": (None, []),
             "trainable_token_indices": (None,),
             "use_bdlora": (None,),
             "use_dora": (False,),

@@ -6,10 +6,12 @@ from typing import Any
 
 import jax
 
-from jpeft._contract import method_of
+from jpeft._contract import Site, method_of
+from jpeft._parameters import is_parameter
 from jpeft._params import Adapter
 from jpeft._paths import last_name, parent
 
+from ._experts_layout import experts_from_file, experts_shape, experts_to_file, nesting
 from ._family import Family
 from ._listed import listed
 from ._orientation import from_torch, refuse_stacks, to_torch, torch_layouts, torch_shape
@@ -25,6 +27,7 @@ class Slot:
     """The place of one tensor in an adapter: `weights[path][name]`, `shared[name]`, or `replaced[path]`.
 
     shape: the tensor's, in the file. layout: how a replaced leaf is turned to have it. leaf_shape: the leaf's.
+    experts: how many of them the array stacks, if it is that of a stacked parameter.
     """
 
     group: str
@@ -33,17 +36,21 @@ class Slot:
     shape: tuple[int, ...]
     layout: str | None = None
     leaf_shape: tuple[int, ...] = ()
+    experts: int | None = None
 
     def take(self, adapter: Adapter) -> jax.Array:
         """The tensor as it is in the file."""
         if self.group == "weights":
-            return adapter.weights[self.path][self.name]
+            array = adapter.weights[self.path][self.name]
+            return array if self.experts is None else experts_to_file(array, self.name)
         if self.group == "shared":
             return adapter.shared[self.name]
         return to_torch(adapter.replaced[self.path], self.layout)
 
     def turned(self, tensor: Any) -> jax.Array:
         """The array of the adapter for a tensor of a file."""
+        if self.experts is not None:
+            return experts_from_file(tensor, self.name, self.experts)
         return from_torch(tensor, self.layout, self.leaf_shape)
 
 
@@ -52,9 +59,10 @@ def slots(adapter: Adapter, leaves: Mapping[str, Any], family: Family, layouts: 
 
     Raises ValueError for stacks of modules, kernels of unknown layout, and arrays that would have the same key.
     """
-    refuse_stacks(path for path, site in adapter.sites.items() if site.stack)
+    refuse_stacks(path for path, site in adapter.sites.items() if site.stack and not _is_expert_stack(site))
+    modules = {path: family.module(path) for path in adapter.sites} | nesting(adapter.sites, family)
     entries = [
-        (_weight_key(family, path, name), Slot("weights", path, name, tuple(array.shape)))
+        (_weight_key(modules[path], name), _weight_slot(adapter.sites[path], name, tuple(array.shape)))
         for path, arrays in adapter.weights.items()
         for name, array in arrays.items()
         if name not in method_of(adapter.config).derived
@@ -96,14 +104,23 @@ def _table(entries: list[tuple[str, Slot]]) -> dict[str, Slot]:
     return table
 
 
-def _weight_key(family: Family, path: str, name: str) -> str:
-    return f"{PREFIX}{family.module(path)}.{name}{'.weight' if name in LAYERS else ''}"
+def _is_expert_stack(site: Site) -> bool:
+    return is_parameter(site) and len(site.stack) == 1
+
+
+def _weight_slot(site: Site, name: str, shape: tuple[int, ...]) -> Slot:
+    if not site.stack:
+        return Slot("weights", site.path, name, shape)
+    return Slot("weights", site.path, name, experts_shape(shape, name), experts=site.stack[0])
+
+
+def _weight_key(module: str, name: str) -> str:
+    return f"{PREFIX}{module}.{name}{'.weight' if name in LAYERS else ''}"
 
 
 def _leaf_key(family: Family, path: str, adapter: Adapter) -> str:
     module, names = parent(path), [family.leaf(last_name(path))]
-    if module in adapter.sites:
-        names.insert(0, "base_layer")
+    names[:0] = ["base_layer" for site in adapter.sites.values() if parent(site.leaf) == module]
     if module:
         names.insert(0, family.module(module))
     return PREFIX + ".".join(names)

@@ -19,6 +19,7 @@ from jpeft._targets import module_paths, saved_leaves
 
 from ._card import model_card
 from ._config_json import SECOND_NAMES, config_dict, to_json
+from ._experts_layout import is_module, with_named_parameters
 from ._family import Family, family_of
 from ._keys import leaf_slots, slots
 from ._listed import listed
@@ -155,4 +156,5 @@ def _written_config(
     adapter: Adapter, leaves: Mapping[str, Any], family: Family, layouts: Mapping[str, str]
 ) -> dict[str, Any]:
     paths = [family.module(path) for path in module_paths(leaves, candidates(leaves, layouts))]
-    return config_dict(with_named_targets(adapter.config, [family.module(path) for path in adapter.sites], paths))
+    modules = [family.module(path) for path, site in adapter.sites.items() if is_module(site)]
+    return config_dict(with_named_parameters(with_named_targets(adapter.config, modules, paths), adapter.sites))

@@ -11,6 +11,7 @@ import numpy as np
 
 import jpeft
 from jpeft._patterns import matches, value_for
+from jpeft._paths import parent
 from jpeft._targets import saved_modules
 
 from ._config_json import read_config
@@ -91,12 +92,15 @@ def _problems(config: jpeft.PeftConfig, tensors: Mapping[str, np.ndarray]) -> It
         yield f"modules with one of lora_A and lora_B alone: {listed(lone)}"
     for module, arrays in sides.items():
         rank = value_for(module, config.rank_pattern, config.r)
+        if not _is_target(module, config) and _may_hold_targets(module, config) and len(arrays) == 2:
+            # Of a parameter: which one the key does not say, nor how many experts it stacks.
+            rank = arrays["A"].shape[0]
         shapes = {side: array.shape for side, array in arrays.items()}
         fits = {"A": lambda shape, rank=rank: shape[:1] == (rank,), "B": lambda shape, rank=rank: shape[1:2] == (rank,)}
         misshapen += [f"{module}.lora_{side} {s} (rank {rank})" for side, s in shapes.items() if not fits[side](s)]
     if misshapen:
         yield f"tensors of another rank than the config gives them: {listed(misshapen)}"
-    if strange := [module for module in sides if not _is_target(module, config)]:
+    if strange := [module for module in sides if not (_is_target(module, config) or _may_hold_targets(module, config))]:
         yield f"modules that target_modules={config.target_modules!r} does not mean: {listed(strange)}"
     if unexplained := [key for key in tensors if not _LORA.fullmatch(key) and not _is_explained(key, config)]:
         yield f"keys that the config does not account for: {listed(unexplained)}"
@@ -118,6 +122,14 @@ def _sides(tensors: Mapping[str, np.ndarray]) -> dict[str, dict[str, np.ndarray]
 
 def _is_target(module: str, config: jpeft.LoraConfig) -> bool:
     return matches(module, config.target_modules or ()) and not matches(module, config.exclude_modules or ())
+
+
+def _may_hold_targets(module: str, config: jpeft.LoraConfig) -> bool:
+    """Whether the module, wrapped or not, may be that of a parameter among the targets."""
+    while module.endswith(".base_layer"):
+        module = module.removesuffix(".base_layer")
+    holders = [parent(name) for name in config.target_parameters or ()]
+    return any(not holder or matches(module, [holder]) for holder in holders)
 
 
 def _is_explained(key: str, config: jpeft.LoraConfig) -> bool:

@@ -11,13 +11,26 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from .._contract import INPUT, OUTPUT, STACK, VOCABULARY, WINDOW
+from .._contract import INPUT, OUTPUT, STACK, VOCABULARY, WINDOW, Base, project
 from . import _labels as lab
 from ._dropout import dropped
 from ._jaxpr import Equation, run_equation, unsharded
-from ._record import LOOKUP, LOW_RANK
+from ._products import chained
+from ._record import LOOKUP, LOW_RANK, TRANSFORMED
 from ._walk import Context, Rule
-from ._weight import RANK, UNKNOWN, AdaptedWeight, Axis, Term, Unsupported, is_adapted, role_name, sizes
+from ._weight import (
+    FULL_COPY,
+    RANK,
+    UNKNOWN,
+    AdaptedWeight,
+    Axis,
+    Term,
+    Unsupported,
+    is_adapted,
+    of_role,
+    role_name,
+    sizes,
+)
 
 
 def conv_general_dilated(context: Context, equation: Equation, inputs: list[Any], needed: list[bool]) -> list[Any]:
@@ -39,7 +52,9 @@ def conv_general_dilated(context: Context, equation: Equation, inputs: list[Any]
     if roles != [(INPUT,), (OUTPUT,), *((WINDOW,) for _ in window)]:
         raise Unsupported("the layout of the weight is not that of this convolution")
     if not all(term.low_rank for term in weight.terms):
-        raise Unsupported("a method without factors")
+        context.use(weight, TRANSFORMED, equation)
+        change = unsharded(functools.partial(_convolved_by_methods, context, equation), base)
+        return [change(x, weight).astype(base.dtype)]
     for term in weight.terms:
         context.use(weight, LOW_RANK, equation, only=term)
         kernel = (RANK, weight.axes[in_axis][0], *(weight.axes[axis][0] for axis in window))
@@ -70,6 +85,34 @@ def _convolved(
     return jnp.moveaxis(out, len(labels) - 1, feature)
 
 
+def _convolved_by_methods(context: Context, equation: Equation, x: jax.Array, weight: AdaptedWeight) -> jax.Array:
+    """All terms through the methods' own `forward`, on x (batch, *space, in) and W (in, *window, out)."""
+    params, numbers = equation.params, equation.params["dimension_numbers"]
+    (x_batch, x_in, *x_space), (y_batch, y_out, *y_space) = numbers.lhs_spec, numbers.out_spec
+    out_axis, in_axis, *window = numbers.rhs_spec
+    last = x.ndim - 1
+    spec, kernel_spec = (0, last, *range(1, last)), (last, 0, *range(1, last))
+
+    def apply(x: jax.Array, kernel: jax.Array) -> jax.Array:
+        return lax.conv_general_dilated(
+            x,
+            kernel.astype(x.dtype),
+            window_strides=params["window_strides"],
+            padding=params["padding"],
+            lhs_dilation=params["lhs_dilation"],
+            rhs_dilation=params["rhs_dilation"],
+            dimension_numbers=lax.ConvDimensionNumbers(spec, kernel_spec, spec),
+            precision=params["precision"],
+            preferred_element_type=params["preferred_element_type"],
+        )
+
+    w = lax.transpose(weight.base, (in_axis, *window, out_axis))
+    base = Base(lambda x: apply(x, w), apply, lambda a: project(a, w))
+    call = chained(context, equation, weight.terms, [term.arrays for term in weight.terms], base)
+    y = call(lax.transpose(x, (x_batch, *x_space, x_in)))
+    return jnp.moveaxis(y, range(y.ndim), (y_batch, *y_space, y_out))
+
+
 def gather(context: Context, equation: Equation, inputs: list[Any], needed: list[bool]) -> list[Any]:
     weight, ids = inputs
     if not is_adapted(weight) or is_adapted(ids):
@@ -87,8 +130,12 @@ def gather(context: Context, equation: Equation, inputs: list[Any], needed: list
     outputs = [axis for axis in weight.flat_axes if axis != row]
     if row.role != INPUT or any(axis.role != OUTPUT for axis in outputs):
         raise Unsupported("gather along " + role_name(row.role) + " axes")
+    if any(term.method is FULL_COPY for term in weight.terms):
+        raise Unsupported("replaced as a whole")
     if not all(term.low_rank for term in weight.terms):
-        raise Unsupported("a method without factors")
+        context.use(weight, TRANSFORMED, equation)
+        change = unsharded(functools.partial(_looked_up_by_methods, context, equation, position, row), base)
+        return [change(base, ids, weight)]
     for term in weight.terms:
         context.use(weight, LOOKUP, equation, only=term)
         change = unsharded(functools.partial(_lookup, equation, weight.axes, position, row, base.shape), base)
@@ -112,6 +159,41 @@ def _lookup(
     groups = _gathered(equation, axes, position, len(shape), names[:-1])
     known = {**sizes(axis for group in axes for axis in group), **lab.sizes_of(h, names)}
     return lab.arrange(out, labels, groups, known)
+
+
+def _looked_up_by_methods(
+    context: Context,
+    equation: Equation,
+    position: int,
+    row: Axis,
+    found: jax.Array,
+    ids: jax.Array,
+    weight: AdaptedWeight,
+) -> jax.Array:
+    """All terms through the methods' own `forward`, on ids and a table (vocabulary, out)."""
+    known = sizes(weight.flat_axes)
+    outputs = of_role(weight.flat_axes, OUTPUT)
+    table = lab.arrange(lab.split(weight.base, weight.axes, known), weight.flat_axes, [(row,), outputs], known)
+
+    def apply(ids: jax.Array, table: jax.Array) -> jax.Array:
+        return _rows(table, ids[..., None], equation)
+
+    base = Base(lambda ids: apply(ids, table), apply, lambda a: project(a, table))
+    call = chained(context, equation, weight.terms, [term.arrays for term in weight.terms], base)
+    y = call(ids[..., 0])
+    names = tuple(f"x{index}" for index in range(ids.ndim - 1))
+    known = {**known, **lab.sizes_of(ids[..., 0], names)}
+    groups = _gathered(equation, weight.axes, position, found.ndim, names)
+    y = lab.arrange(lab.split(y, [*((n,) for n in names), outputs], known), (*names, *outputs), groups, known)
+    if equation.params["mode"] != lax.GatherScatterMode.FILL_OR_DROP:
+        return y.astype(found.dtype)
+    inside = lab.arrange(
+        apply(ids[..., 0], jnp.ones((row.size, 1), bool))[..., 0],
+        names,
+        [group if group and group[0] in names else () for group in groups],
+        known,
+    )
+    return jnp.where(inside, y.astype(found.dtype), found)
 
 
 def _looked_up(equation: Equation, weight: AdaptedWeight, ids: jax.Array) -> tuple[int, jax.Array]:

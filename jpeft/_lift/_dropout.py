@@ -5,9 +5,9 @@ import functools
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jax import lax
 
+from .. import _contract as contract
 from ._jaxpr import Equation, varying_axes
 from ._walk import Context
 from ._weight import Term, is_adapted
@@ -15,15 +15,18 @@ from ._weight import Term, is_adapted
 
 def dropped(context: Context, equation: Equation, term: Term, x: jax.Array) -> jax.Array:
     """x with entries dropped at the term's rate and the rest scaled up; x itself without a key."""
-    rate = term.method.dropout(term.config)
-    if "key" not in term.arrays or not rate:
+    if "key" not in term.arrays:
         return x
-    key: Any = term.arrays["key"].reshape(-1)[0]
+    key = use_key(context, equation, term, term.arrays["key"].reshape(-1)[0], x)
+    return contract.dropped(x, term.method.dropout(term.config), {"rng": key})
+
+
+def use_key(context: Context, equation: Equation, term: Term, key: Any, x: jax.Array) -> Any:
+    """The key of one use of a module, from that of the module: another one on each device that has its own x."""
     key = jax.random.fold_in(key, context.dropout_index(term, equation))
     for axis in sorted(varying_axes(x) | set(context.spread)):
         key = jax.random.fold_in(key, lax.axis_index(axis))
-    kept = jax.random.bernoulli(key, 1.0 - rate, x.shape)
-    return jnp.where(kept, x / jnp.asarray(1.0 - rate, x.dtype), jnp.zeros_like(x))
+    return key
 
 
 def at_step(value: Any, step: Any) -> Any:

@@ -57,11 +57,15 @@ def _term(name: str, adapter: Adapter, method: Method, path: str, site: Site, rn
     stack = tuple(axis for axis in axes if axis.role == STACK)
     arrays, labels = (_factors if method.factors else _as_stored)(own, adapter, method, site, axes, stack)
     # As in PEFT: dropout is on the input of a layer, and the input of a lookup is no number.
-    if rng is not None and method.dropout(adapter.config) and site.kind != EMBEDDING:
+    if rng is not None and _is_random(method, adapter.config, site):
         key = fold_in_name(rng.key(), f"{name}/{path}")
         arrays["key"] = jax.random.split(key, site.stack) if stack else key
         labels["key"] = stack
     return Term(arrays, FrozenMapping(labels), method, adapter.config, name, (site,))
+
+
+def _is_random(method: Method, config: Any, site: Site) -> bool:
+    return method.noisy(config) or bool(method.dropout(config) and site.kind != EMBEDDING)
 
 
 def _factors(

@@ -7,7 +7,7 @@ hand-written backward pass), elsewhere they keep their axes, which suits shardin
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -15,9 +15,9 @@ import jax.numpy as jnp
 from jax import lax
 
 from .._config import FrozenMapping
-from .._contract import EMBEDDING, INPUT, OUTPUT, STACK, Base
+from .._contract import EMBEDDING, INPUT, OUTPUT, STACK, Base, project
 from . import _labels as lab
-from ._dropout import dropped
+from ._dropout import dropped, use_key
 from ._jaxpr import Equation, make_varying, platform, run_equation, unsharded, varying_axes
 from ._record import LOW_RANK, TRANSFORMED
 from ._walk import Context, Rule
@@ -213,10 +213,8 @@ def _general(
         return lax.dot_general(x, kernel.astype(x.dtype), (((x.ndim - 1,), (0,)), ((), ())), **numbers)
 
     def forwards(x: jax.Array, w: jax.Array, arrays: list[dict[str, jax.Array]]) -> jax.Array:
-        call = lambda x: apply(x, w)  # noqa: E731
-        for term, own in zip(weight.terms, arrays, strict=True):
-            call = _chained(context, equation, term, own, Base(call, apply))
-        return call(x)
+        base = Base(lambda x: apply(x, w), apply, lambda a: project(a, w))
+        return chained(context, equation, weight.terms, arrays, base)(x)
 
     def one(x: jax.Array, w: jax.Array, arrays: list[dict[str, jax.Array]]) -> jax.Array:
         if not backwards:
@@ -248,20 +246,32 @@ def _mapped(one: Any, terms: Sequence[Term], mapped: Sequence[Axis], x_mapped: S
     return lambda x, w: one(x, w, arrays_of)
 
 
-def _chained(context: Context, equation: Equation, term: Term, arrays: dict[str, jax.Array], base: Base) -> Any:
-    if not term.low_rank:
-        site = term.site
-        rng = {"rng": arrays["key"]} if "key" in arrays else {}
-        own = {name: array for name, array in arrays.items() if name != "key"}
-        return lambda x: term.method.forward(own, x, base, site, rng)
-    a, b = (arrays[name].reshape(arrays[name].shape[0], -1) for name in "ab")
+def chained(
+    context: Context, equation: Equation, terms: Sequence[Term], arrays: Sequence[dict[str, jax.Array]], base: Base
+) -> Callable[[jax.Array], jax.Array]:
+    """The operation with all terms, each the base of the next. arrays: those of one module, without stack axes."""
+    for term, own in zip(terms, arrays, strict=True):
+        call = _low_rank_call if term.low_rank else _general_call
+        base = dataclasses.replace(base, call=functools.partial(call, context, equation, term, own, base))
+    return base.call
 
-    def call(x: jax.Array) -> jax.Array:
-        y = base(x)
-        h = base.apply(dropped(context, equation, term, x), a.T)
-        return y + (h @ b.astype(h.dtype)).astype(y.dtype)
 
-    return call
+def _general_call(
+    context: Context, equation: Equation, term: Term, arrays: dict[str, jax.Array], base: Base, x: jax.Array
+) -> jax.Array:
+    rng = {"rng": use_key(context, equation, term, arrays["key"], x)} if "key" in arrays else {}
+    own = {name: array for name, array in arrays.items() if name != "key"}
+    return term.method.forward(own, x, base, term.site, rng)
+
+
+def _low_rank_call(
+    context: Context, equation: Equation, term: Term, arrays: dict[str, jax.Array], base: Base, x: jax.Array
+) -> jax.Array:
+    y = base(x)
+    a, b = arrays["a"], arrays["b"]
+    a = jnp.moveaxis(a.reshape(a.shape[0], -1, *term.site.window), 0, -1)
+    h = base.apply(x if term.site.kind == EMBEDDING else dropped(context, equation, term, x), a)
+    return y + (h @ b.reshape(b.shape[0], -1).astype(h.dtype)).astype(y.dtype)
 
 
 PRODUCTS: dict[str, Rule] = {"dot_general": dot_general}

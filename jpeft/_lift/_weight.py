@@ -171,10 +171,12 @@ def _merged(weight: AdaptedWeight) -> jax.Array:
     groups = [*((axis,) for axis in stack), inputs, *((axis,) for axis in window), outputs]
     merged = lab.arrange(lab.split(weight.base, weight.axes, sizes(flat)), flat, groups, sizes(flat))
     wide = wide_dtype(weight.base.dtype)
-    merged = merged.astype(wide)
+    own = merged = merged.astype(wide)
     for term in weight.terms:
-        change = _merge_low_rank if term.low_rank else _merge_general
-        merged = change(merged, term, stack, inputs, window, outputs)
+        if term.low_rank:
+            merged = _merge_low_rank(merged, term, stack, inputs, window, outputs)
+        else:
+            merged = _merge_general(merged, own, term, stack)
     order = [axis for group in groups for axis in group]
     split = lab.transpose(lab.split(merged, groups, sizes(flat)), order, flat)
     return lab.join(split, weight.axes, sizes(flat)).astype(weight.base.dtype)
@@ -197,19 +199,13 @@ def _merge_low_rank(
     return merged + lab.arrange(change, labels, groups, known)
 
 
-def _merge_general(
-    merged: jax.Array,
-    term: Term,
-    stack: tuple[Axis, ...],
-    inputs: tuple[Axis, ...],
-    window: tuple[Axis, ...],
-    outputs: tuple[Axis, ...],
-) -> jax.Array:
-    def one(arrays: dict[str, jax.Array], w: jax.Array) -> jax.Array:
-        return term.method.merge(arrays, w, None, term.site)[0]
+def _merge_general(merged: jax.Array, own: jax.Array, term: Term, stack: tuple[Axis, ...]) -> jax.Array:
+    def one(arrays: dict[str, jax.Array], w: jax.Array, base: jax.Array) -> jax.Array:
+        p = {**arrays, "base": base} if term.method.needs_base else arrays
+        return term.method.merge(p, w, None, term.site)[0]
 
-    function, arrays = over_stack(one, term, stack, ((0,) * len(stack),))
-    return function(arrays, merged)
+    function, arrays = over_stack(one, term, stack, ((0,) * len(stack), (0,) * len(stack)))
+    return function(arrays, merged, own)
 
 
 def over_stack(

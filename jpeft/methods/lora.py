@@ -27,7 +27,8 @@ class LoraConfig(TunerConfig):
 
     r: rank, at least 1. lora_alpha: the change is scaled by lora_alpha / r, or by lora_alpha / sqrt(r) with
     use_rslora. lora_dropout: rate in [0, 1) on the input of the low-rank path (not on lookups). rank_pattern,
-    alpha_pattern: {name or regular expression: value}, the first match wins. init_lora_weights: True (A Kaiming
+    alpha_pattern: {name or regular expression: value}, the first match wins. target_parameters: names of parameters to
+    adapt by themselves, such as stacked experts; with them target_modules may be left out. init_lora_weights: True (A Kaiming
     uniform, B zero), False (both random), "gaussian" or "orthogonal". Raises ValueError for values out of range.
 
     >>> LoraConfig(r=8, lora_alpha=16, target_modules=["q_proj", "v_proj"]).r
@@ -43,9 +44,12 @@ class LoraConfig(TunerConfig):
     init_lora_weights: bool | str = True
     rank_pattern: Mapping[str, int] = dataclasses.field(default_factory=dict)
     alpha_pattern: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    target_parameters: tuple[str, ...] | list[str] | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if isinstance(self.target_parameters, str):
+            raise TypeError(f"target_parameters is {self.target_parameters!r}; expected a list of names")
         for where, rank in [("r", self.r), *((f"rank_pattern[{k!r}]", v) for k, v in self.rank_pattern.items())]:
             if not isinstance(rank, int) or rank <= 0:
                 raise ValueError(f"{where} is {rank!r}; expected an integer of at least 1")

@@ -16,6 +16,7 @@ from .auto import (
     FAMILIES as FAMILIES,
     FlaxAutoModel as FlaxAutoModel,
     FlaxAutoModelForCausalLM as FlaxAutoModelForCausalLM,
+    FlaxAutoModelForFeatureExtraction as FlaxAutoModelForFeatureExtraction,
     FlaxAutoModelForImageClassification as FlaxAutoModelForImageClassification,
     FlaxAutoModelForMaskedLM as FlaxAutoModelForMaskedLM,
     FlaxAutoModelForQuestionAnswering as FlaxAutoModelForQuestionAnswering,

@@ -1,7 +1,6 @@
 """What decoders with layer norms share: attention to what came before, and the way through all layers."""
 
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -105,30 +104,3 @@ def check_length(length: int, position_ids: jax.Array | None, positions: int) ->
     """Raise ValueError for a text that is longer than the table of its positions."""
     if position_ids is None and length > positions:
         raise ValueError(f"{length} tokens exceed max_position_embeddings={positions}: truncate the input")
-
-
-def translated(raw: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
-    """A config with the keys that a family has names of its own for under those that all have.
-
-    Raises ValueError if it holds two values for one of them.
-
-    >>> translated({"n_layer": 2, "n_head": 4}, {"n_layer": "num_hidden_layers"})
-    {'n_head': 4, 'num_hidden_layers': 2}
-    """
-    given = {key: value for key, value in raw.items() if key not in names}
-    for theirs, ours in names.items():
-        if theirs not in raw:
-            continue
-        if ours in given and given[ours] != raw[theirs]:
-            raise ValueError(
-                f"config.json holds {theirs}={raw[theirs]!r} and {ours}={given[ours]!r}, two names of one setting: "
-                "remove one of them"
-            )
-        given[ours] = raw[theirs]
-    return given
-
-
-def check_heads(hidden_size: int, num_attention_heads: int) -> None:
-    """Raise ValueError unless the heads divide the features."""
-    if hidden_size % num_attention_heads:
-        raise ValueError(f"hidden_size {hidden_size} is not a multiple of num_attention_heads {num_attention_heads}")

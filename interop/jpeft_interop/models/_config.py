@@ -81,6 +81,33 @@ def read_fields(
     return {key: value for key, value in raw.items() if key in names}
 
 
+def translated(raw: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
+    """A config with the keys that a family has names of its own for under those that all have.
+
+    Raises ValueError if it holds two values for one of them.
+
+    >>> translated({"n_layer": 2, "n_head": 4}, {"n_layer": "num_hidden_layers"})
+    {'n_head': 4, 'num_hidden_layers': 2}
+    """
+    given = {key: value for key, value in raw.items() if key not in names}
+    for theirs, ours in names.items():
+        if theirs not in raw:
+            continue
+        if ours in given and given[ours] != raw[theirs]:
+            raise ValueError(
+                f"config.json holds {theirs}={raw[theirs]!r} and {ours}={given[ours]!r}, two names of one setting: "
+                "remove one of them"
+            )
+        given[ours] = raw[theirs]
+    return given
+
+
+def check_heads(hidden_size: int, num_attention_heads: int) -> None:
+    """Raise ValueError unless the heads of attention divide the features."""
+    if hidden_size % num_attention_heads:
+        raise ValueError(f"hidden_size {hidden_size} is not a multiple of num_attention_heads {num_attention_heads}")
+
+
 def refuse(where: str, keys: Mapping[str, Any], reason: str, mend: str) -> NoReturn:
     """Raise the ValueError for settings that may change what the model computes; `mend` tells the way out."""
     shown = ", ".join(f"{key}={value!r}" for key, value in keys.items())

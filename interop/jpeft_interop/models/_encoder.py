@@ -117,14 +117,6 @@ def scores(x: jax.Array, embedding: Embed, bias: nnx.Param | None, layer: Linear
     return embedding.attend(x) + bias[...].astype(x.dtype)
 
 
-def check_heads(config: Any) -> None:
-    """Raise ValueError unless the heads of attention divide the features."""
-    if config.hidden_size % config.num_attention_heads:
-        raise ValueError(
-            f"hidden_size {config.hidden_size} is not a multiple of num_attention_heads {config.num_attention_heads}"
-        )
-
-
 def encoder_family(
     model_type: str,
     read_config: Callable[..., Any],

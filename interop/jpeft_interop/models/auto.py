@@ -209,6 +209,9 @@ def _choose(raw: Mapping[str, Any], task: str) -> tuple[Family, Architecture]:
 FlaxAutoModel = AutoModel("base")
 """The bare network, for features: `last_hidden_state`."""
 
+FlaxAutoModelForFeatureExtraction = FlaxAutoModel
+"""The same, under the name of the task."""
+
 FlaxAutoModelForCausalLM = AutoModel("causal-lm")
 """`logits (batch, length, vocab)` of the next token."""
 

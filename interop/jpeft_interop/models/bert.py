@@ -11,10 +11,9 @@ from flax import nnx
 
 from ._activations import activation
 from ._attention import AttentionMask, attend, bidirectional_mask, split_heads
-from ._config import number_of_labels, read_fields
+from ._config import check_heads, number_of_labels, read_fields
 from ._encoder import (
     Positions,
-    check_heads,
     counted,
     encoder_family,
     output_layer,
@@ -70,7 +69,7 @@ def read_config(
         BertConfig, raw, implemented={"position_embedding_type": ("absolute",)}, known=_NO_EFFECT, ignore=ignore
     )
     config = BertConfig(**{**given, "num_labels": number_of_labels(raw)})
-    check_heads(config)
+    check_heads(config.hidden_size, config.num_attention_heads)
     activation(config.hidden_act)
     return config
 

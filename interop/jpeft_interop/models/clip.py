@@ -10,8 +10,8 @@ from flax import nnx
 
 from ._activations import activation
 from ._attention import AttentionMask, causal_mask
-from ._config import number_of_labels, read_fields
-from ._encoder import MLP, Constant, SelfAttention, check_heads, counted, positions_of, run_encoder
+from ._config import check_heads, number_of_labels, read_fields
+from ._encoder import MLP, Constant, SelfAttention, counted, positions_of, run_encoder
 from ._family import Architecture, Family, Options
 from ._layers import Embed, LayerNorm, Linear, embed_tokens
 from ._outputs import BaseModelOutputWithPooling, ClassifierOutput, CLIPOutput
@@ -81,7 +81,7 @@ def read_text(raw: Mapping[str, Any], ignore: Collection[str] = ()) -> TextConfi
     config = TextConfig(**read_fields(TextConfig, raw, known=_NO_EFFECT, ignore=ignore))
     if not isinstance(config.eos_token_id, int):
         raise ValueError(f"eos_token_id is {config.eos_token_id!r}; expected the one number whose place is pooled")
-    check_heads(config)
+    check_heads(config.hidden_size, config.num_attention_heads)
     activation(config.hidden_act)
     return config
 
@@ -91,7 +91,7 @@ def read_vision(raw: Mapping[str, Any], ignore: Collection[str] = ()) -> VisionC
     given = read_fields(VisionConfig, raw, known=_NO_EFFECT, ignore=ignore)
     sizes = {name: read_size(given[name]) for name in ("image_size", "patch_size") if name in given}
     config = VisionConfig(**{**given, **sizes})
-    check_heads(config)
+    check_heads(config.hidden_size, config.num_attention_heads)
     activation(config.hidden_act)
     return config
 

@@ -15,9 +15,9 @@ from flax import nnx
 
 from ._activations import activation
 from ._attention import AttentionMask, attend, bidirectional_mask, split_heads, visible
-from ._config import number_of_labels, read_fields
+from ._config import check_heads, number_of_labels, read_fields
 from ._convolution import Conv
-from ._encoder import check_heads, counted, encoder_family, positions_of, run_encoder, scores
+from ._encoder import counted, encoder_family, positions_of, run_encoder, scores
 from ._family import Options
 from ._layers import Embed, LayerNorm, Linear, embed_tokens
 from ._outputs import BaseModelOutput, ClassifierOutput, LMOutput
@@ -92,7 +92,7 @@ def read_config(raw: Mapping[str, Any], ignore: Collection[str] = ()) -> Deberta
     if given.get("max_relative_positions", -1) < 1:
         given["max_relative_positions"] = given.get("max_position_embeddings", DebertaConfig.max_position_embeddings)
     config = DebertaConfig(**{**given, "pos_att_type": terms, "num_labels": number_of_labels(raw)})
-    check_heads(config)
+    check_heads(config.hidden_size, config.num_attention_heads)
     if config.conv_kernel_size > 0 and config.conv_kernel_size % 2 == 0:
         raise ValueError(
             f"conv_kernel_size is {config.conv_kernel_size}; expected an odd number, which keeps the length"

@@ -10,8 +10,8 @@ from flax import nnx
 
 from ._activations import activation
 from ._attention import AttentionMask
-from ._config import number_of_labels, read_fields
-from ._encoder import MLP, Constant, SelfAttention, check_heads, run_encoder
+from ._config import check_heads, number_of_labels, read_fields
+from ._encoder import MLP, Constant, SelfAttention, run_encoder
 from ._family import Architecture, Family, Options
 from ._layers import GatedMLP, LayerNorm, Linear
 from ._outputs import BaseModelOutputWithPooling, ClassifierOutput
@@ -67,7 +67,7 @@ def read_config(raw: Mapping[str, Any], ignore: Collection[str] = ()) -> Dinov2C
     given = read_fields(Dinov2Config, raw, known=_NO_EFFECT, ignore=ignore)
     sizes = {name: read_size(given[name]) for name in ("image_size", "patch_size") if name in given}
     config = Dinov2Config(**{**given, **sizes, "num_labels": number_of_labels(raw)})
-    check_heads(config)
+    check_heads(config.hidden_size, config.num_attention_heads)
     activation(config.hidden_act)
     return config
 

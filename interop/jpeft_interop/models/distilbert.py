@@ -8,8 +8,8 @@ from flax import nnx
 
 from ._activations import activation
 from ._attention import AttentionMask, attend, bidirectional_mask, split_heads
-from ._config import number_of_labels, read_fields
-from ._encoder import check_heads, counted, encoder_family, output_layer, positions_of, run_encoder, scores
+from ._config import check_heads, number_of_labels, read_fields
+from ._encoder import counted, encoder_family, output_layer, positions_of, run_encoder, scores
 from ._family import Options
 from ._layers import Embed, LayerNorm, Linear, embed_tokens
 from ._outputs import BaseModelOutput, ClassifierOutput, LMOutput
@@ -33,7 +33,7 @@ def read_config(raw: Mapping[str, Any], ignore: Collection[str] = ()) -> BertCon
     raw = {**_DEFAULTS, **{_NAMES.get(key, key): value for key, value in raw.items()}}
     given = read_fields(BertConfig, raw, known=_NO_EFFECT, ignore=ignore)
     config = BertConfig(**{**given, "num_labels": number_of_labels(raw)})
-    check_heads(config)
+    check_heads(config.hidden_size, config.num_attention_heads)
     activation(config.hidden_act)
     return config
 

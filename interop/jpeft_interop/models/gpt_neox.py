@@ -15,8 +15,8 @@ from ._activations import activation
 from ._attention import Context
 from ._cache import Cache, Memory
 from ._call import begin, context_of
-from ._causal import FULL, FeedForward, FusedAttention, check_heads, through, translated
-from ._config import number_of_labels, read_fields
+from ._causal import FULL, FeedForward, FusedAttention, through
+from ._config import check_heads, number_of_labels, read_fields, translated
 from ._family import Options
 from ._heads import class_names, decoder_family
 from ._layers import Embed, LayerNorm, embed_tokens

@@ -9,8 +9,8 @@ from flax import nnx
 
 from ._activations import activation
 from ._attention import AttentionMask
-from ._config import number_of_labels, read_fields
-from ._encoder import MLP, SelfAttention, check_heads, run_encoder
+from ._config import check_heads, number_of_labels, read_fields
+from ._encoder import MLP, SelfAttention, run_encoder
 from ._family import Architecture, Family, Options
 from ._layers import LayerNorm, Linear
 from ._outputs import BaseModelOutputWithPooling, ClassifierOutput
@@ -57,7 +57,7 @@ def read_config(raw: Mapping[str, Any], ignore: Collection[str] = ()) -> ViTConf
     sizes = {name: read_size(given[name]) for name in ("image_size", "patch_size") if name in given}
     pooled = given.get("pooler_output_size") or given.get("hidden_size", ViTConfig.hidden_size)
     config = ViTConfig(**{**given, **sizes, "pooler_output_size": pooled, "num_labels": number_of_labels(raw)})
-    check_heads(config)
+    check_heads(config.hidden_size, config.num_attention_heads)
     for act in (config.hidden_act, config.pooler_act):
         activation(act)
     return config
