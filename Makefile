@@ -4,7 +4,10 @@ BIN := .venv/bin
 # torch goes first and alone: this version has a CPU build, another one would bring CUDA along.
 TORCH := torch==2.13.0
 
-.PHONY: quickstart test lint clean
+# Thousands of small programs that run once: to optimise them would take most of the time. CI does, on the newest JAX.
+QUICK := JAX_DISABLE_MOST_OPTIMIZATIONS=1
+
+.PHONY: quickstart quicktour test lint clean
 
 .venv/installed: pyproject.toml
 	$(PYTHON) -m venv .venv
@@ -15,8 +18,11 @@ TORCH := torch==2.13.0
 quickstart: .venv/installed
 	$(BIN)/python examples/01_quickstart.py $(ARGS)
 
+quicktour: .venv/installed
+	$(BIN)/python examples/02_quicktour.py $(ARGS)
+
 test: .venv/installed
-	$(BIN)/python -m pytest --numprocesses auto $(ARGS)
+	$(QUICK) $(BIN)/python -m pytest --numprocesses auto $(ARGS)
 	$(BIN)/python -m pytest --numprocesses auto --doctest-modules jpeft interop/jpeft_interop
 
 lint: .venv/installed

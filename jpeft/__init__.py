@@ -1,9 +1,50 @@
 """Parameter-efficient fine-tuning for JAX: adapters beside any parameter tree, in PEFT's file format."""
 
+from ._adapters import (
+    delete_adapter as delete_adapter,
+    rename_adapter as rename_adapter,
+    rescale_adapter_scale as rescale_adapter_scale,
+)
+from ._capture import capture_inputs as capture_inputs
 from ._config import PeftConfig as PeftConfig, PeftType as PeftType, TaskType as TaskType, TunerConfig as TunerConfig
+from ._context import with_context as with_context
+from ._conversion import convert_to_plain_lora as convert_to_plain_lora
+from ._convert import convert_to_lora as convert_to_lora, reduce_intruder_dimension as reduce_intruder_dimension
+from ._corda import (
+    corda_covariances as corda_covariances,
+    initialize_lora_corda_weights as initialize_lora_corda_weights,
+)
+from ._eva import initialize_lora_eva_weights as initialize_lora_eva_weights
+from ._hotswap import hotswap as hotswap, prepare_for_hotswap as prepare_for_hotswap, trimmed as trimmed
 from ._lift import Explanation as Explanation, explain as explain, infer_layouts as infer_layouts, lift as lift
+from ._loftq import initialize_lora_loftq_weights as initialize_lora_loftq_weights
+from ._lora_ga import (
+    initialize_lora_ga_weights as initialize_lora_ga_weights,
+    lora_ga_gradients as lora_ga_gradients,
+)
 from ._merge import merge as merge
-from ._params import Adapter as Adapter, PeftParams as PeftParams, with_context as with_context
+from ._mixed import mixed_batch as mixed_batch, unmixed as unmixed
+from ._optimizers import (
+    create_lorafa_optimizer as create_lorafa_optimizer,
+    create_loraplus_optimizer as create_loraplus_optimizer,
+    create_riemannian_optimizer as create_riemannian_optimizer,
+)
+from ._params import Adapter as Adapter, PeftParams as PeftParams
+from ._population import (
+    population_axes as population_axes,
+    stack_adapters as stack_adapters,
+    unstack_adapters as unstack_adapters,
+)
+from ._task_vectors import (
+    calculate_majority_sign_mask as calculate_majority_sign_mask,
+    dare_linear as dare_linear,
+    dare_ties as dare_ties,
+    disjoint_merge as disjoint_merge,
+    magnitude_prune as magnitude_prune,
+    prune as prune,
+    task_arithmetic as task_arithmetic,
+    ties as ties,
+)
 from ._train import (
     combine as combine,
     count_parameters as count_parameters,
@@ -13,5 +54,21 @@ from ._train import (
     trainable_mask as trainable_mask,
     value_and_grad as value_and_grad,
 )
+from ._weighted import add_weighted_adapter as add_weighted_adapter
 from ._wrap import disable_adapters as disable_adapters, set_adapter as set_adapter, unwrap as unwrap, wrap as wrap
+from .methods import lora_residual as _lora_residual  # noqa: F401 (its methods register themselves)
+from .methods._initialisations import (
+    CordaConfig as CordaConfig,
+    EvaConfig as EvaConfig,
+    LoftQConfig as LoftQConfig,
+    LoraGAConfig as LoraGAConfig,
+)
+from .methods._lora_config import (
+    BdLoraConfig as BdLoraConfig,
+    KasaConfig as KasaConfig,
+    MontecloraConfig as MontecloraConfig,
+    VeloraConfig as VeloraConfig,
+)
+from .methods.kasa import kasa_loss as kasa_loss
 from .methods.lora import LoraConfig as LoraConfig
+from .methods.monteclora import monteclora_loss as monteclora_loss

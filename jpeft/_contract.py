@@ -13,8 +13,8 @@ There are three ways to write one, from the least code to the most freedom:
     additive   delta(p, site) -> array of W's shape
     general    forward(p, x, base, site, context) -> y  and  merge(p, w, b, site) -> (w, b)
 
-`p` holds the arrays that `init` returned, and `p["scaling"]`. `context` may hold "rng", a key for this one use of
-the module, during training. A method of the first kind never has its change
+`p` holds the arrays that `init` returned, and `p["scaling"]`. `context` holds "config", and in training, if the method
+asks for it, "rng": a key for this one use of the module. A method of the first kind never has its change
 of W built; the engine multiplies with the factors.
 """
 
@@ -26,7 +26,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from ._config import PeftConfig
+from ._config import PeftConfig, PeftType
 
 Arrays = Mapping[str, jax.Array]
 
@@ -112,6 +112,7 @@ class Method:
     changes_bias: whether merge returns another bias. needs_base: whether merge is to get the base weight itself as
     `p["base"]`, beside `w`, into which other adapters may have been merged.
     noisy(config): whether training needs a key besides that for dropout.
+    tied(p, x, y, site): what y = x Wᵀ becomes where a model uses a table as its output layer; None: what it is.
     """
 
     config: type[PeftConfig]
@@ -127,6 +128,7 @@ class Method:
     changes_bias: bool = False
     needs_base: bool = False
     noisy: Callable[[Any], bool] = lambda config: False
+    tied: Callable[[Arrays, jax.Array, jax.Array, Site], jax.Array] | None = None
 
     @property
     def fixed(self) -> frozenset[str]:
@@ -160,8 +162,9 @@ def additive(*, delta: Callable[[Arrays, Site], jax.Array], **fields: Any) -> Me
     return Method(forward=forward, merge=merge, **fields)
 
 
-def dropped(x: jax.Array, rate: float, context: Mapping[str, Any]) -> jax.Array:
-    """x with entries dropped at a rate and the rest scaled up; x itself if the context of `forward` has no key."""
+def dropped(x: jax.Array, context: Mapping[str, Any]) -> jax.Array:
+    """The input of `forward` with entries dropped at the method's rate and the rest scaled up; without a key itself."""
+    rate = method_of(context["config"]).dropout(context["config"])
     if "rng" not in context or not rate:
         return x
     kept = jax.random.bernoulli(context["rng"], 1.0 - rate, x.shape)
@@ -206,3 +209,13 @@ def method_of(config: PeftConfig) -> Method:
         known = ", ".join(sorted(cls.__name__ for cls in _METHODS))
         raise TypeError(f"{type(config).__name__} is not the config of a known method; expected one of: {known}")
     return found
+
+
+def is_plain(method: Method) -> bool:
+    """Whether a method is the one of its config class that means no variant of it."""
+    return any(known is method and applies is _always for applies, known in _METHODS.get(method.config, ()))
+
+
+def config_class(peft_type: PeftType) -> type[PeftConfig]:
+    """The config class of a method by PEFT's name for it, for code that makes adapters of that method."""
+    return next(cls for cls in _METHODS if cls.__dataclass_fields__["peft_type"].default == peft_type)

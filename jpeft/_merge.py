@@ -12,6 +12,7 @@ from ._contract import Arrays, Method, Site, method_of, wide_dtype
 from ._params import PeftParams
 from ._paths import leaf_path, leaves_by_path
 from ._sites import bias_layout, bias_sizes, canonical, restored
+from ._tokens import row_method
 from ._wrap import cast_floating, checked_names, checked_params
 
 
@@ -44,6 +45,10 @@ def merge(wrapped: PeftParams, *, adapter_names: str | Sequence[str] | None = No
             changed[site.leaf], merged_bias = _merged(p, weight, bias, own, site, method)
             if site.bias is not None:
                 changed[site.bias] = merged_bias
+    for part in (part for name in names for part in wrapped.adapters[name].rows.values()):
+        weight = changed.get(part.site.leaf, leaves[part.site.leaf])
+        own = {"rows": part.values}
+        changed[part.site.leaf], _ = _merged(own, weight, None, None, part.site, row_method(part.indices))
     for path, leaf in changed.items() if safe else ():
         _check_finite(path, leaf)
 

@@ -44,7 +44,7 @@ class Adapter:
     weights: {module path: {parameter name: array of shape (*stack, ...)}}.
     shared: parameters that many modules use. replaced: {leaf path: full trainable copy of that leaf}.
     scaling: {module path: array of shape (*stack,)}, kept as arrays so that another alpha does not recompile.
-    config, sites: static.
+    config, sites: static. rows: {leaf path: single rows of a table that train}.
     """
 
     weights: dict[str, dict[str, Any]]
@@ -53,6 +53,7 @@ class Adapter:
     scaling: dict[str, Any]
     config: PeftConfig = dataclasses.field(metadata={"static": True})
     sites: Sites = dataclasses.field(metadata={"static": True})
+    rows: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
 @jax.tree_util.register_dataclass
@@ -84,27 +85,6 @@ class PeftParams:
     adapters: dict[str, Adapter]
     active: tuple[str, ...] = dataclasses.field(metadata={"static": True})
     context: dict[str, Any] = dataclasses.field(default_factory=dict)
-
-
-def with_context(params: PeftParams, *, rng: jax.Array | None = None) -> PeftParams:
-    """The same parameters with what a training step needs besides its batch.
-
-    rng: a key for dropout; without one dropout is off. Give each step a key of its own.
-    Raises TypeError if `rng` is not a PRNG key.
-
-    >>> import jax, jpeft
-    >>> params = {"dense": {"kernel": jax.numpy.ones((4, 4))}}
-    >>> wrapped = jpeft.wrap(params, jpeft.LoraConfig(r=2, target_modules=["dense"]), rng=jax.random.key(0))
-    >>> sorted(jpeft.with_context(wrapped, rng=jax.random.key(1)).context)
-    ['rng']
-    """
-    if rng is None:
-        return dataclasses.replace(params, context={})
-    typed = isinstance(rng, jax.Array) and jax.numpy.issubdtype(rng.dtype, jax.dtypes.prng_key)
-    legacy = isinstance(rng, jax.Array) and rng.dtype == jax.numpy.uint32 and rng.ndim >= 1
-    if not (typed or legacy):
-        raise TypeError(f"rng is {type(rng).__name__} {rng!r}; expected a key from jax.random.key(seed)")
-    return dataclasses.replace(params, context={"rng": Rng.of(rng)})
 
 
 def is_peft_params(value: Any) -> bool:

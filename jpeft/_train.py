@@ -47,6 +47,7 @@ def _adapter_mask(adapter: Adapter, active: bool) -> Adapter:
         },
         shared={name: _filled(array, trains and name not in frozen) for name, array in adapter.shared.items()},
         replaced=_filled(adapter.replaced, trains),
+        rows=_filled(adapter.rows, trains),
         scaling=_filled(adapter.scaling, False),
     )
 
@@ -207,6 +208,7 @@ def _size_beside(adapter: Adapter) -> int:
     frozen = method_of(adapter.config).fixed
     arrays = [item for own in (*adapter.weights.values(), adapter.shared) for item in own.items()]
     copies = [leaf for path, leaf in adapter.replaced.items() if not _is_bias_alone(path, adapter)]
+    copies += jax.tree.leaves(adapter.rows)
     return sum(_size(array) for name, array in arrays if name not in frozen) + sum(map(_size, copies))
 
 

@@ -15,6 +15,7 @@ from ._paths import fold_in_name, leaves_by_path
 from ._sites import candidates, canonical
 from ._stacks import layer_sites, restacked, stacked_site, unstacked
 from ._targets import bias_leaves, by_layer, saved_leaves, select_sites
+from ._tokens import check_overlap, check_tables, initial_rows, token_sites
 
 
 def wrap(
@@ -49,9 +50,9 @@ def wrap(
     config = by_layer(_checked_config(config))
     method = method_of(config)
     wrapped = params if is_peft_params(params) else PeftParams(base=params, adapters={}, active=())
-    _check_name(adapter_name, wrapped.adapters)
+    check_name(adapter_name, wrapped.adapters)
     _check_bias(config, wrapped.adapters)
-    key, dtype = _checked_key(rng), _checked_dtype(dtype)
+    key, dtype = checked_key(rng), _checked_dtype(dtype)
     leaves = leaves_by_path(wrapped.base)
     if not leaves:
         raise ValueError("the parameter tree has no leaves; expected a tree of arrays, such as a model's parameters")
@@ -62,6 +63,9 @@ def wrap(
     sites = _stacked_sites(selected, layers, config)
     trained = restacked(dict.fromkeys(trained), layers, _said(config, "modules_to_save", "bias", verb="would train"))
     replaced = {path: _copy(path, leaves[path]) for path in trained if _is_array(leaves[path])}
+
+    tokens = token_sites(found, config)
+    check_tables(tokens, sites, replaced)
 
     def initial(key: jax.Array, weights: Mapping[str, Any]) -> dict[str, dict[str, jax.Array]]:
         return {path: _initial_layers(key, weights[path], site, method, config, dtype) for path, site in sites.items()}
@@ -79,6 +83,7 @@ def wrap(
         },
         config=config,
         sites=Sites(sites),
+        rows={site.leaf: initial_rows(leaves[site.leaf], site, rows, dtype) for site, rows in tokens.values()},
     )
     active = wrapped.active if wrapped.adapters else (adapter_name,)
     return dataclasses.replace(wrapped, adapters={**wrapped.adapters, adapter_name: adapter}, active=active)
@@ -234,10 +239,11 @@ def checked_names(wrapped: PeftParams, names: str | Sequence[str]) -> tuple[str,
                     f"adapters {owners[leaf]!r} and {name!r} both replace {leaf!r} in full; expected one of them"
                 )
             owners[leaf] = name
+    check_overlap({name: wrapped.adapters[name].rows for name in names})
     return names
 
 
-def _check_name(name: str, adapters: Mapping[str, Adapter]) -> None:
+def check_name(name: str, adapters: Mapping[str, Adapter]) -> None:
     if name in adapters:
         raise ValueError(f"there already is an adapter {name!r}; expected a name other than: {', '.join(adapters)}")
     if not isinstance(name, str) or not name or "." in name:
@@ -251,7 +257,7 @@ def _check_bias(config: Any, adapters: Mapping[str, Adapter]) -> None:
         raise ValueError(f"bias is {config.bias!r}, but {', '.join(taken)}; expected at most one adapter with biases")
 
 
-def _checked_key(rng: Any) -> jax.Array:
+def checked_key(rng: Any) -> jax.Array:
     if rng is None:
         return jax.random.key(0)
     if isinstance(rng, jax.Array) and (_is_key(rng) or (rng.dtype == jnp.uint32 and rng.ndim == 1)):

@@ -57,8 +57,44 @@ register(
     )
 )
 
+SAMPLER = frozenset({f"lora_monteclora_sampler.{name}" for name in ("std_prior", "expert_weights_prior")})
+
+
+def variant(name: str, options: dict[str, Any], **fields: Any) -> MethodRow:
+    options = {"r": 3, "lora_alpha": 7, **options}
+    return MethodRow(name, f"{name}.py", jpeft.LoraConfig, options, **{"linear": True, "factors": True, **fields})
+
+
+VARIANTS = (
+    variant("dora", {"use_dora": True}, linear=False, factors=False),
+    variant("lora_bias", {"lora_bias": True}, factors=False, biased=True),
+    variant("mica", {"r": 1, "init_lora_weights": "mica"}),
+    variant("bdlora", {"use_bdlora": {"match_strict": False, "target_modules_bd_a": [""]}}),
+    variant("kasa", {"r": 1, "kasa_config": {}}, neutral=False),
+    variant("velora", {"velora_config": {"num_groups": 64}}, factors=False),
+    variant(
+        "monteclora", {"monteclora_config": {"num_samples": 2, "sample_scaler": 0.5}}, factors=False, dormant=SAMPLER
+    ),
+    variant("qalora", {"use_qalora": True, "qalora_group_size": 1}),
+)
+
 METHODS = (
     MethodRow("lora", "lora.py", jpeft.LoraConfig, {"r": 3, "lora_alpha": 7}, factors=True, thorough=True),
+    MethodRow(
+        "pissa", "lora_residual.py", jpeft.LoraConfig, {"r": 2, "init_lora_weights": "pissa"}, factors=True, linear=True
+    ),
+    MethodRow(
+        "olora", "lora_residual.py", jpeft.LoraConfig, {"r": 2, "init_lora_weights": "olora"}, factors=True, linear=True
+    ),
+    MethodRow(
+        "pissa, iterated",
+        None,
+        jpeft.LoraConfig,
+        {"r": 2, "init_lora_weights": "pissa_niter_2"},
+        factors=True,
+        linear=True,
+    ),
+    *VARIANTS,
     MethodRow("dense delta", None, DenseDeltaConfig, {}),
     MethodRow("gain", None, GainConfig, {}, thorough=True),
 )
@@ -881,4 +917,4 @@ _CORE = (
     "nnx scan",
 )
 CASES = tuple(dataclasses.replace(row, core=row.name in _CORE) for row in _ALL)
-ROWS = tuple((row, case) for row in METHODS for case in CASES if row.thorough or case.core)
+ROWS = tuple((row, case) for row in METHODS for case in CASES if row.runs(case))

@@ -10,6 +10,8 @@ import numpy as np
 
 import jpeft
 from jpeft._lift import _products
+from jpeft._paths import leaves_by_path
+from jpeft._wrap import derived_arrays
 
 TOLERANCE = 1e-10
 
@@ -50,7 +52,9 @@ class MethodRow:
     """One method: its config class, the options that are tested, and what sets it apart.
 
     file: its file in jpeft/methods, or None for a toy of the tests. factors: whether it is a product of thin factors.
-    thorough: whether it runs every row, on behalf of methods written in the same way.
+    thorough: whether it runs every row, on behalf of methods written in the same way. linear: whether it adapts linear
+    layers alone. neutral: whether a fresh adapter changes nothing. dormant: arrays that train only with
+    a key. biased: whether only layers with a bias can be merged.
     """
 
     name: str
@@ -59,6 +63,15 @@ class MethodRow:
     options: Mapping[str, Any]
     factors: bool = False
     thorough: bool = False
+    linear: bool = False
+    neutral: bool = True
+    dormant: frozenset[str] = frozenset()
+    biased: bool = False
+
+    def runs(self, case: Case) -> bool:
+        left_out = ("lookup", "convolution") if self.linear else ()
+        able = case.name not in left_out and (case.name == "with bias" or not self.biased)
+        return able and (self.thorough or case.core)
 
     def expected(self, case: Case) -> set[str]:
         return set(case.how if self.factors else case.general)
@@ -90,7 +103,21 @@ def adapted(problem: Problem, row: MethodRow, **options: Any) -> jpeft.PeftParam
     # Made of shapes alone and then filled: initial values are not what is tested, and they take long to compile.
     shapes = jax.eval_shape(lambda params: params, problem.params)
     wrapped = jpeft.wrap(shapes, config, layouts=layouts, dtype=jnp.result_type(float))
-    return dataclasses.replace(wrapped, base=problem.params, adapters=random_like(wrapped.adapters, 100))
+    wrapped = dataclasses.replace(wrapped, base=problem.params, adapters=random_like(wrapped.adapters, 100))
+    return with_derived(wrapped)
+
+
+def with_derived(wrapped: jpeft.PeftParams) -> jpeft.PeftParams:
+    """The same parameters with arrays that follow from the base as they should be, not random."""
+    leaves = leaves_by_path(wrapped.base)
+    adapters = {}
+    for name, adapter in wrapped.adapters.items():
+        weights = dict(adapter.weights)
+        for path, site in adapter.sites.items():
+            dtype = jax.tree.leaves(weights[path])[0].dtype
+            weights[path] = {**weights[path], **derived_arrays(leaves[site.leaf], site, adapter.config, dtype)}
+        adapters[name] = dataclasses.replace(adapter, weights=weights)
+    return dataclasses.replace(wrapped, adapters=adapters)
 
 
 def on_merged(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -147,6 +174,7 @@ def assert_close(got: Any, want: Any, tolerance: float = TOLERANCE) -> None:
             np.testing.assert_allclose(ours, theirs, rtol=tolerance, atol=tolerance)
 
 
-def smallest_gradient(by_weights: Any) -> float:
-    """The largest entry of the leaf whose gradient is smallest: zero if a leaf has none."""
-    return min(float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(by_weights))
+def smallest_gradient(by_weights: Any, dormant: frozenset[str] = frozenset()) -> float:
+    """The largest entry of the leaf whose gradient is smallest: zero if one has none. dormant: names to pass over."""
+    leaves = jax.tree.leaves_with_path(by_weights)
+    return min(float(jnp.abs(leaf).max()) for path, leaf in leaves if getattr(path[-1], "key", None) not in dormant)

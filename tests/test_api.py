@@ -8,9 +8,14 @@ import pytest
 import jpeft
 
 PUBLIC = """
-Adapter Explanation LoraConfig PeftConfig PeftParams PeftType TaskType TunerConfig combine count_parameters
-disable_adapters explain grad infer_layouts lift merge partition print_trainable_parameters set_adapter trainable_mask
-unwrap value_and_grad with_context wrap
+Adapter BdLoraConfig CordaConfig EvaConfig Explanation KasaConfig LoftQConfig LoraConfig LoraGAConfig MontecloraConfig
+PeftConfig PeftParams PeftType TaskType TunerConfig VeloraConfig add_weighted_adapter calculate_majority_sign_mask
+capture_inputs combine convert_to_lora convert_to_plain_lora corda_covariances count_parameters create_lorafa_optimizer
+create_loraplus_optimizer create_riemannian_optimizer dare_linear dare_ties delete_adapter disable_adapters
+disjoint_merge explain grad infer_layouts initialize_lora_corda_weights initialize_lora_eva_weights
+initialize_lora_ga_weights initialize_lora_loftq_weights kasa_loss lift lora_ga_gradients magnitude_prune merge
+monteclora_loss partition print_trainable_parameters prune reduce_intruder_dimension rename_adapter
+rescale_adapter_scale set_adapter task_arithmetic ties trainable_mask unwrap value_and_grad with_context wrap
 """.split()
 
 

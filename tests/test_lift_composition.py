@@ -335,6 +335,7 @@ def test_the_change_of_a_weight_is_not_built():
     assert made and not {(64, 96), (96, 64)} & set(made)
 
 
+@pytest.mark.filterwarnings("ignore:.*is the output layer too")
 def test_tied_embedding_changes_the_lookup_alone():
     params = {"embed": {"embedding": random_like((7, 4), 7)}}
 

@@ -101,7 +101,7 @@ SHARDED = {
     ),
     "lookup": Sharded(
         lookup, {"embed": {"embedding": (8, 6)}}, {"embed": {"embedding": P("model", None)}}, X, BY_DATA,
-        how=("lookup",), general=("merged: gather (a method without factors)",),
+        how=("lookup",),
     ),
     "scanned layers": Sharded(
         lambda p, x: scanned(p["up"]["kernel"], x), STACK, {"up": {"kernel": P()}}, X, BY_DATA, {"up.kernel": "bio"}

@@ -11,7 +11,7 @@ from typing import Any
 import jpeft
 from jpeft.methods.lora import INITIALIZATIONS
 
-from ._fields import FORMATS, PEFT_VERSION, Format, stand_in
+from ._fields import FORMATS, PEFT_VERSION, Format, is_replayed, stand_in
 
 SECOND_NAMES = "jpeft_interop:second_names"
 """In `config.extra`, not in the file: {second key: key} of tensors that the file the config came from holds twice."""
@@ -90,10 +90,12 @@ def _refuse(path: Path, raw: Mapping[str, Any], form: Format) -> None:
     if refused:
         raise ValueError(f"{path} asks for what is not implemented here: {', '.join(refused)}")
     how = raw.get("init_lora_weights", True)
-    if stand_in("init_lora_weights", how) not in INITIALIZATIONS:
+    known = stand_in("init_lora_weights", how)
+    if known not in INITIALIZATIONS or not is_replayed(known):
         raise ValueError(
-            f"{path}: init_lora_weights is {how!r}. Expected an initialisation that leaves the base as it is; others "
-            "train an adapter for changed base weights, which the file does not hold. PyTorch PEFT makes a plain LoRA "
+            f"{path}: init_lora_weights is {how!r}. Expected an initialisation that leaves the base as it is, or that "
+            "the base alone tells again ('pissa', 'olora'); others train an adapter for changed base weights, which "
+            "the file does not hold. PyTorch PEFT makes a plain LoRA "
             "of it with save_pretrained(..., path_initial_model_for_weight_conversion=...)"
         )
 
@@ -101,6 +103,8 @@ def _refuse(path: Path, raw: Mapping[str, Any], form: Format) -> None:
 def _plain(value: Any) -> Any:
     if isinstance(value, enum.Enum):
         return value.value
+    if dataclasses.is_dataclass(value):
+        return {field.name: _plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
     if isinstance(value, Mapping):
         return {name: _plain(entry) for name, entry in value.items()}
     return [_plain(entry) for entry in value] if isinstance(value, (list, tuple)) else value

@@ -68,8 +68,8 @@ def _without(table: Table, types: str) -> Table:
 _VECTOR_BANK: Table = {
     **_without(
         COMMON,
-        "blip-2 xlm-roberta electra layoutlm chatglm mpt RefinedWebModel RefinedWeb falcon btlm codegen mistral mixtral "
-        "stablelm phi rwkv rwkv7",
+        "blip-2 xlm-roberta electra layoutlm chatglm mpt RefinedWebModel RefinedWeb falcon btlm codegen mistral "
+        "mixtral stablelm phi rwkv rwkv7",
     ),
     **_ALL_OF_T5_BART_OPT,
 }
@@ -178,14 +178,14 @@ def with_default_targets(config: PeftConfig, model_type: str | None) -> PeftConf
         return config
     fields: dict[str, Any] = {}
     if config.target_modules is None:
-        if model_type in table:
-            fields["target_modules"] = table[model_type]
+        if (targets := table.get(model_type or "")) is not None:
+            fields["target_modules"] = targets
         elif getattr(config, "target_parameters", None):
             return config
         else:
             raise ValueError(_unknown(config, model_type, table))
-    if getattr(config, "feedforward_modules", ()) is None and model_type in FEEDFORWARD:
-        fields["feedforward_modules"] = FEEDFORWARD[model_type]
+    if getattr(config, "feedforward_modules", ()) is None:
+        fields["feedforward_modules"] = FEEDFORWARD.get(model_type or "")
     return dataclasses.replace(config, **fields) if fields else config
 
 

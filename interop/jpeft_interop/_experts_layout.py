@@ -53,7 +53,7 @@ def nesting(sites: Mapping[str, Site], family: Family) -> dict[str, str]:
                 f"several parameters of {module!r} are adapted, and in which order PEFT does it is known for "
                 f"{', '.join(PARAMETERS)} alone, not for {listed(unknown)}; expected one of them"
             )
-        in_order = sorted(paths, key=lambda path: PARAMETERS.index(last_name(path))) if not unknown and len(paths) > 1 else paths
+        in_order = paths if unknown else sorted(paths, key=lambda path: PARAMETERS.index(last_name(path)))
         for depth, path in enumerate(reversed(in_order)):
             found[path] = ".".join([family.module(module), *["base_layer"] * depth])
     return dict(reversed(found.items()))

@@ -30,44 +30,37 @@ FORMATS: Mapping[str, Format] = {
     "LORA": Format(
         config=jpeft.LoraConfig,
         passive={
-            "corda_config": None,
-            "eva_config": None,
-            "loftq_config": {},
-            "lora_ga_config": None,
             "megatron_config": None,
             "megatron_core": "megatron.core",
-            "qalora_group_size": 16,
         },
         neutral={
             "alora_invocation_tokens": (None,),
             "arrow_config": (None,),
-            "ensure_weight_tying": (False,),
-            "kasa_config": (None,),
-            "layer_replication": (None, []),
-            "lora_bias": (False,),
-            "monteclora_config": (None,),
-            "trainable_token_indices": (None,),
-            "use_bdlora": (None,),
-            "use_dora": (False,),
-            "use_qalora": (False,),
-            "velora_config": (None,),
         },
     ),
 }
 """By the `peft_type` of the file."""
 
-PLAIN_ONCE_TRAINED = ("eva", "mica")
-"""Values of init_lora_weights that are not implemented, but leave the base alone: a trained one is plain LoRA."""
+
+def is_replayed(how: Any) -> bool:
+    """Whether base and config tell again what an initialisation took out of the base, if it took anything.
+
+    how: a value of init_lora_weights. Others need data, the quantised base, or the numbers that were drawn.
+
+    >>> is_replayed("pissa"), is_replayed("pissa_niter_4"), is_replayed("corda")
+    (True, False, False)
+    """
+    return not (isinstance(how, str) and (how.startswith("pissa_niter_") or how in ("corda", "lora_ga", "loftq")))
 
 
 def stand_in(name: str, value: Any) -> Any:
     """What a config holds in memory for a value of its file that it cannot hold itself; mostly the value.
 
-    >>> stand_in("init_lora_weights", "eva"), stand_in("rank_pattern", None), stand_in("r", 8)
-    (True, {}, 8)
+    >>> stand_in("init_lora_weights", "OLoRA"), stand_in("rank_pattern", None), stand_in("r", 8)
+    ('olora', {}, 8)
     """
     if name == "init_lora_weights" and isinstance(value, str):
-        return True if value.lower() in PLAIN_ONCE_TRAINED else value.lower()
+        return value.lower()
     if name in ("rank_pattern", "alpha_pattern") and value is None:
         return {}
     return value

@@ -15,6 +15,7 @@ from ._listed import listed
 from ._orientation import to_torch
 from ._stacked import is_abstract
 from ._surplus import first_name, original_biases, possible_embeddings, second_names, written_embeddings
+from ._tied import tied_tensors
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,9 @@ def fit(
     expected = slots(adapter, leaves, family, layouts)
     originals = original_biases(adapter, family)
     second = _second_names(tensors, expected, family)
-    rest = [key for key in tensors if key not in expected and key not in originals and key not in second]
+    tied = tied_tensors(tensors, adapter, leaves, family)
+    known = {*expected, *originals, *second, *tied}
+    rest = [key for key in tensors if key not in known]
     embeddings = {
         key: slot
         for key, slot in leaf_slots(possible_embeddings(leaves), adapter, leaves, family, layouts).items()
@@ -56,7 +59,8 @@ def fit(
             for key, slot in {**expected, **embeddings}.items()
             if key in tensors and tensors[key].shape != slot.shape
         ],
-        different=[f"{key} and {first}" for key, first in second.items() if not _same(tensors[key], tensors[first])],
+        different=[f"{key} and {first}" for key, first in second.items() if not _same(tensors[key], tensors[first])]
+        + [key for key, tensor in tied.items() if key in tensors and not np.array_equal(tensors[key], tensor)],
     )
     written = written_embeddings(adapter)
     kept = {
@@ -64,8 +68,8 @@ def fit(
         for key, slot in embeddings.items()
         if slot.path not in written or not _is_base(tensors[key], leaves[slot.path], slot)
     }
-    tied = second_names(expected, family)
-    return Fitted({**expected, **kept}, {key: first for key, first in second.items() if key not in tied})
+    usual = second_names(expected, family)
+    return Fitted({**expected, **kept}, {key: first for key, first in second.items() if key not in usual})
 
 
 def _second_names(tensors: Mapping[str, np.ndarray], expected: Mapping[str, Slot], family: Family) -> dict[str, str]:

@@ -10,24 +10,32 @@ from ._pair import CONFIG_NAME, PICKLE_NAME, WEIGHTS_NAME
 _HUB_ID = re.compile(r"[\w][\w.-]*(/[\w][\w.-]*)?")
 
 
-def adapter_folder(name_or_path: str | os.PathLike[str], *, weights: bool = True) -> Path:
+def adapter_folder(
+    name_or_path: str | os.PathLike[str],
+    *,
+    weights: bool = True,
+    revision: str | None = None,
+    subfolder: str | None = None,
+) -> Path:
     """The folder itself, or that of the adapter with this Hub id, downloaded if it is not in the cache.
 
-    weights: whether they are wanted too, or the config alone. With HF_HUB_OFFLINE=1 only the cache is used.
+    weights: whether they are wanted too, or the config alone. revision: of the Hub's repository. subfolder: in which
+    the adapter is, there or here. With HF_HUB_OFFLINE=1 only the cache is used.
     Raises FileNotFoundError for what is neither a folder nor an id that can be had, ValueError for an adapter of the
     Hub whose weights are pickled, and ImportError if `huggingface_hub` is needed and not installed.
     """
     folder, name = existing_folder(name_or_path), os.fspath(name_or_path)
     if folder is not None:
-        return folder
+        return folder if subfolder is None else folder / subfolder
     hub = hub_library(name)
+    where = {name: value for name, value in (("revision", revision), ("subfolder", subfolder)) if value is not None}
     from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
     wanted = CONFIG_NAME
     try:
-        found = Path(hub.hf_hub_download(name, CONFIG_NAME)).parent
+        found = Path(hub.hf_hub_download(name, CONFIG_NAME, **where)).parent
         wanted = WEIGHTS_NAME
-        return Path(hub.hf_hub_download(name, WEIGHTS_NAME)).parent if weights else found
+        return Path(hub.hf_hub_download(name, WEIGHTS_NAME, **where)).parent if weights else found
     except EntryNotFoundError as error:
         if not isinstance(error, LocalEntryNotFoundError) and wanted == WEIGHTS_NAME and _has_pickle(name):
             raise ValueError(

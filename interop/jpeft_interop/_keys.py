@@ -22,9 +22,12 @@ PREFIX = "base_model.model."
 LAYERS = ("lora_A", "lora_B")
 
 
+TOKENS = "token_adapter.trainable_tokens_delta"
+
+
 @dataclass(frozen=True)
 class Slot:
-    """The place of one tensor in an adapter: `weights[path][name]`, `shared[name]`, or `replaced[path]`.
+    """The place of one tensor in an adapter: `weights[path][name]`, `shared[name]`, `replaced[path]` or `rows[path]`.
 
     shape: the tensor's, in the file. layout: how a replaced leaf is turned to have it. leaf_shape: the leaf's.
     experts: how many of them the array stacks, if it is that of a stacked parameter.
@@ -38,13 +41,15 @@ class Slot:
     leaf_shape: tuple[int, ...] = ()
     experts: int | None = None
 
-    def take(self, adapter: Adapter) -> jax.Array:
+    def take(self, adapter: Adapter) -> Any:
         """The tensor as it is in the file."""
         if self.group == "weights":
             array = adapter.weights[self.path][self.name]
             return array if self.experts is None else experts_to_file(array, self.name)
         if self.group == "shared":
             return adapter.shared[self.name]
+        if self.group == "rows":
+            return adapter.rows[self.path].values
         return to_torch(adapter.replaced[self.path], self.layout)
 
     def turned(self, tensor: Any) -> jax.Array:
@@ -69,6 +74,10 @@ def slots(adapter: Adapter, leaves: Mapping[str, Any], family: Family, layouts: 
     ]
     entries += [
         (f"base_model.{name}", Slot("shared", "", name, tuple(array.shape))) for name, array in adapter.shared.items()
+    ]
+    entries += [
+        (f"{PREFIX}{family.module(part.site.path)}.{TOKENS}", Slot("rows", leaf, "", tuple(part.values.shape)))
+        for leaf, part in adapter.rows.items()
     ]
     entries += leaf_slots(adapter.replaced, adapter, leaves, family, layouts).items()
     return _table(entries)

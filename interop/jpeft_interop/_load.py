@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -25,9 +26,11 @@ from ._family import Family, family_of
 from ._files import read_tensors
 from ._fit import Fitted, fit
 from ._hub import adapter_folder
+from ._keys import PREFIX
 from ._listed import listed
 from ._pair import find_config, find_pair
-from ._resolve import with_heads
+from ._resolve import check_replicated, with_heads
+from ._single_experts import with_stacked_experts
 from ._stacked import restacked_adapter, unstacked_adapter, unstacked_layouts
 
 
@@ -54,13 +57,17 @@ def load_pretrained(
     is_trainable: bool = False,
     family: str = "hf",
     layouts: Mapping[str, str] | None = None,
+    config: jpeft.PeftConfig | None = None,
+    key_mapping: Mapping[str, str] | None = None,
 ) -> PeftParams:
     """Parameters with a saved adapter beside them, which PyTorch PEFT or `save_pretrained` wrote.
 
     params: the base model's tree, kept by reference. name_or_path: a folder, or a Hub id. is_trainable: whether the
     adapter trains further; without it nothing does. family: how the tree's names lead to those of the PyTorch model.
-    layouts: as for `jpeft.wrap`. Stacks of layers, named by the slice of their numbers, are filled from the file's
-    single layers, which have to be alike. The arrays keep the file's dtypes. Embeddings that the file holds in full,
+    layouts: as for `jpeft.wrap`. config: to be taken instead of the file's. key_mapping: {regular expression:
+    replacement}, applied to the file's keys, which are paths of modules then, without `base_model.model.`.
+    Stacks of layers, named by the slice of their numbers, are filled from the file's single layers, which have to be
+    alike. The arrays keep the file's dtypes. Embeddings that the file holds in full,
     because they were resized or are another model's, become part of the adapter.
     Raises FileNotFoundError if a file is absent; ValueError if one is damaged, pickled, asks for what is not
     implemented, or does not fit the parameters: all missing, unexpected and misshapen tensors in one message.
@@ -77,7 +84,9 @@ def load_pretrained(
     if is_peft_params(params):
         raise TypeError("params has adapters already; expected the base tree, or load_adapter to add another adapter")
     wrapped = PeftParams(base=params, adapters={}, active=())
-    return _load(wrapped, name_or_path, adapter_name, is_trainable, family_of(family), layouts or {})
+    return _load(
+        wrapped, name_or_path, adapter_name, is_trainable, family_of(family), layouts or {}, config, key_mapping
+    )
 
 
 def load_adapter(
@@ -88,6 +97,8 @@ def load_adapter(
     is_trainable: bool = False,
     family: str = "hf",
     layouts: Mapping[str, str] | None = None,
+    config: jpeft.PeftConfig | None = None,
+    key_mapping: Mapping[str, str] | None = None,
 ) -> PeftParams:
     """The same parameters with one more saved adapter, which waits for `jpeft.set_adapter`.
 
@@ -105,7 +116,9 @@ def load_adapter(
     """
     if not is_peft_params(wrapped):
         raise TypeError(f"expected the PeftParams that jpeft.wrap returns, not a {type(wrapped).__name__}")
-    return _load(wrapped, name_or_path, adapter_name, is_trainable, family_of(family), layouts or {})
+    return _load(
+        wrapped, name_or_path, adapter_name, is_trainable, family_of(family), layouts or {}, config, key_mapping
+    )
 
 
 def _load(
@@ -115,6 +128,8 @@ def _load(
     is_trainable: bool,
     family: Family,
     layouts: Mapping[str, str],
+    config: jpeft.PeftConfig | None,
+    key_mapping: Mapping[str, str] | None,
 ) -> PeftParams:
     if adapter_name in wrapped.adapters:
         raise ValueError(
@@ -125,35 +140,62 @@ def _load(
     layouts = unstacked_layouts({**family.layouts, **layouts}, leaves)
     layers = unstacked(leaves)
     paths = module_paths(layers, candidates(layers, layouts))
-    config = with_heads(read_config(files.config), paths)
-    _refuse_training(files.config, config, is_trainable)
+    config = with_heads(read_config(files.config) if config is None else config, paths)
+    check_replicated(config, paths)
     config = dataclasses.replace(config, inference_mode=not is_trainable)
-    tensors = read_tensors(files.weights)
+    tensors = with_mapped_keys(read_tensors(files.weights), key_mapping or {})
     _refuse_wide(files.weights, tensors)
+    config, tensors = with_stacked_experts(files.weights, config, tensors, layers, paths)
     abstract = dataclasses.replace(wrapped, base=jax.tree.map(_abstract, wrapped.base))
     try:
         planned = jpeft.wrap(abstract, config, adapter_name=adapter_name, layouts=layouts)
     except ValueError as error:
         raise ValueError(f"{files.config} does not fit the parameters: {error}") from error
-    whole = planned.adapters[adapter_name]
-    single = unstacked_adapter(whole)
-    fitted = fit(files.weights, tensors, single, layers, family, layouts)
-    filled = _filled(single, fitted, tensors)
-    adapter = _with_derived(restacked_adapter(files.weights, filled, whole, layers), leaves)
+    adapter = adapter_from(files.weights, tensors, planned.adapters[adapter_name], leaves, family, layouts)
     return dataclasses.replace(planned, base=wrapped.base, adapters={**wrapped.adapters, adapter_name: adapter})
+
+
+def adapter_from(
+    path: Path,
+    tensors: Mapping[str, np.ndarray],
+    planned: Adapter,
+    leaves: Mapping[str, Any],
+    family: Family,
+    layouts: Mapping[str, str],
+) -> Adapter:
+    """The adapter that was planned, filled with the tensors of a file.
+
+    path: the file's, for messages. leaves: of the base tree. layouts: with those of single layers. Raises ValueError
+    if the tensors do not fit.
+    """
+    layers, single = unstacked(leaves), unstacked_adapter(planned)
+    filled = _filled(single, fit(path, tensors, single, layers, family, layouts), tensors)
+    return _with_derived(restacked_adapter(path, filled, planned, layers), leaves)
+
+
+def with_mapped_keys(tensors: Mapping[str, np.ndarray], mapping: Mapping[str, str]) -> dict[str, np.ndarray]:
+    """The tensors under the keys that the first matching regular expression of the mapping makes of theirs.
+
+    Raises ValueError if two tensors get the same key.
+    """
+    if not mapping:
+        return dict(tensors)
+    found: dict[str, np.ndarray] = {}
+    for key, tensor in tensors.items():
+        renamed = key.removeprefix(PREFIX)
+        for pattern, replacement in mapping.items():
+            renamed, count = re.subn(pattern, replacement, renamed)
+            if count:
+                break
+        renamed = key[: len(key) - len(key.removeprefix(PREFIX))] + renamed
+        if renamed in found:
+            raise ValueError(f"key_mapping makes {renamed!r} of several keys, of {key!r} for one; expected one each")
+        found[renamed] = tensor
+    return found
 
 
 def _abstract(leaf: Any) -> Any:
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) if hasattr(leaf, "shape") and hasattr(leaf, "dtype") else leaf
-
-
-def _refuse_training(path: Path, config: jpeft.PeftConfig, is_trainable: bool) -> None:
-    how = config.extra.get("init_lora_weights")
-    if is_trainable and isinstance(how, str) and how.lower() == "mica":
-        raise ValueError(
-            f"{path}: init_lora_weights is {how!r}, which trains lora_A alone; that is not implemented here. Expected "
-            "is_trainable=False, or an adapter of another initialisation"
-        )
 
 
 def _refuse_wide(path: Path, tensors: Mapping[str, np.ndarray]) -> None:
@@ -182,12 +224,15 @@ def _filled(planned: Adapter, fitted: Fitted, tensors: Mapping[str, np.ndarray])
     weights: dict[str, dict[str, Any]] = {path: {} for path in planned.weights}
     shared: dict[str, Any] = {}
     replaced: dict[str, Any] = {}
+    rows: dict[str, Any] = {}
     for key, slot in fitted.slots.items():
         array = slot.turned(tensors[key])
         if slot.group == "weights":
             weights[slot.path][slot.name] = array
         elif slot.group == "shared":
             shared[slot.name] = array
+        elif slot.group == "rows":
+            rows[slot.path] = dataclasses.replace(planned.rows[slot.path], values=array)
         else:
             replaced[slot.path] = array
     method, config = method_of(planned.config), planned.config
@@ -197,5 +242,5 @@ def _filled(planned: Adapter, fitted: Fitted, tensors: Mapping[str, np.ndarray])
         path: jnp.full(site.stack, method.scaling(site, config), jnp.float32) for path, site in planned.sites.items()
     }
     return dataclasses.replace(
-        planned, weights=weights, shared=shared, replaced=replaced, scaling=scaling, config=config
+        planned, weights=weights, shared=shared, replaced=replaced, rows=rows, scaling=scaling, config=config
     )

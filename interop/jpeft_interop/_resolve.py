@@ -67,3 +67,26 @@ def shortest_names(wanted: Iterable[str], others: Iterable[str]) -> list[str]:
 def _endings(path: str) -> list[str]:
     names = path.split(".")
     return [".".join(names[first:]) for first in range(len(names) - 1, -1, -1)]
+
+
+def check_replicated(config: PeftConfig, paths: Iterable[str]) -> None:
+    """Raise ValueError if a config is of a model with replicated layers, and no list of modules has as many.
+
+    paths: of the model's modules.
+
+    >>> import jpeft
+    >>> check_replicated(jpeft.LoraConfig(layer_replication=[[0, 1], [0, 1]]), ["layers.0", "layers.1"])
+    """
+    ranges = getattr(config, "layer_replication", None) or ()
+    expected = sum(end - start for start, end in ranges)
+    counts: dict[str, int] = {}
+    for path in paths:
+        holder, _, name = path.rpartition(".")
+        if name.isdigit():
+            counts[holder] = max(counts.get(holder, 0), int(name) + 1)
+    if expected and expected not in counts.values():
+        found = ", ".join(f"{count} in {holder!r}" for holder, count in counts.items()) or "none"
+        raise ValueError(
+            f"the adapter is for a model of {expected} layers, layer_replication={[list(r) for r in ranges]!r}, but "
+            f"there are: {found}; build it with jpeft_interop.models.replicate_layers(model, layer_replication)"
+        )

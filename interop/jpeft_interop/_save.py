@@ -5,12 +5,13 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import numpy as np
 
 from jpeft import PeftParams, TunerConfig
+from jpeft._hotswap import check_says_its_scaling
 from jpeft._params import Adapter, is_peft_params
 from jpeft._paths import leaves_by_path
 from jpeft._sites import candidates
@@ -21,13 +22,15 @@ from ._card import model_card
 from ._config_json import SECOND_NAMES, config_dict, to_json
 from ._experts_layout import is_module, with_named_parameters
 from ._family import Family, family_of
+from ._initial import with_plain_lora, writable
 from ._keys import leaf_slots, slots
 from ._listed import listed
 from ._orientation import to_torch
 from ._pair import CONFIG_NAME, PICKLE_NAME, WEIGHTS_NAME, write_if_absent, write_pair
 from ._resolve import with_heads, with_named_targets
 from ._stacked import is_abstract, unstacked_adapter, unstacked_layouts
-from ._surplus import original_biases, second_names, written_embeddings
+from ._surplus import chosen_embeddings, original_biases, second_names
+from ._tied import tied_tensors
 
 CARD_NAME = "README.md"
 
@@ -48,6 +51,8 @@ def save_pretrained(
     family: str = "hf",
     selected_adapters: Sequence[str] | None = None,
     layouts: Mapping[str, str] | None = None,
+    save_embedding_layers: bool | Literal["auto"] = "auto",
+    path_initial_model_for_weight_conversion: str | os.PathLike[str] | bool | None = None,
 ) -> None:
     """Write adapters as PyTorch PEFT does: `adapter_config.json` and `adapter_model.safetensors`.
 
@@ -55,6 +60,11 @@ def save_pretrained(
     other into its subfolder of that name. base_model_name_or_path: put into the config; the config's own by default.
     family: how the tree's names lead to those of the PyTorch model. selected_adapters: names; all by default.
     layouts: as for `jpeft.wrap`, of kernels that are saved in full and whose layout does not show.
+    save_embedding_layers: whether the base weights of embeddings and output layers are written too; "auto" writes
+    those that the adapter acts on.
+    path_initial_model_for_weight_conversion: write an adapter of "pissa" or "olora" as plain LoRA of twice the rank,
+    which goes with any other: True, or the folder of the untrained adapter. Adapters of "pissa_niter_<number>", "corda"
+    and "lora_ga" are always written so, as no file tells what they took out of the base.
     Stacks of layers, named by the slice of their numbers, are written layer by layer.
     A README.md is added if there is none. Two files change as one: a save that is interrupted at any point leaves the
     old adapter or the new one, and other files in the folder are left alone. One process may save at a time.
@@ -74,8 +84,12 @@ def save_pretrained(
     if root.exists() and not root.is_dir():
         raise ValueError(f"directory is {str(root)!r}, which is a file; expected a folder, or a path for a new one")
     names = _checked_names(wrapped, selected_adapters)
+    wrapped = with_plain_lora(wrapped, names, path_initial_model_for_weight_conversion, table, layouts or {})
     # Everything that can be wrong with the adapters is found out before the first file changes.
-    plans = {name: _contents(wrapped, name, base_model_name_or_path, table, layouts or {}) for name in names}
+    plans = {
+        name: contents_of(wrapped, name, base_model_name_or_path, table, layouts or {}, save_embedding_layers)
+        for name in names
+    }
     for name, contents in plans.items():
         write_pair(root if name == "default" else root / name, contents.config, contents.tensors)
     write_if_absent(root / CARD_NAME, model_card(wrapped.adapters[names[0]].config, base_model_name_or_path))
@@ -104,22 +118,32 @@ def _is_folder_name(name: str) -> bool:
     return safe and name.strip(" .") == name and name != "" and name.lower() not in map(str.lower, files)
 
 
-def _contents(
-    wrapped: PeftParams, name: str, base_model: str | None, family: Family, layouts: Mapping[str, str]
+def contents_of(
+    wrapped: PeftParams,
+    name: str,
+    base_model: str | None,
+    family: Family,
+    layouts: Mapping[str, str],
+    save_embedding_layers: bool | Literal["auto"] = "auto",
 ) -> Contents:
+    """The config and the tensors of one adapter, as `save_pretrained` writes them, which says what the rest means."""
+    check_says_its_scaling(name, wrapped.adapters[name])
     leaves = leaves_by_path(wrapped.base)
     layouts = unstacked_layouts({**family.layouts, **layouts}, leaves)
     leaves = unstacked(leaves)
-    adapter = _with_head(unstacked_adapter(wrapped.adapters[name]), leaves, layouts)
+    adapter = _with_head(unstacked_adapter(writable(wrapped.adapters[name])), leaves, layouts)
     _refuse_abstract(name, adapter)
     table = slots(adapter, leaves, family, layouts)
     arrays = {key: slot.take(adapter) for key, slot in table.items()}
-    for key, slot in leaf_slots(written_embeddings(adapter), adapter, leaves, family, layouts).items():
+    for key, slot in leaf_slots(
+        chosen_embeddings(adapter, leaves, save_embedding_layers), adapter, leaves, family, layouts
+    ).items():
         arrays[key] = to_torch(leaves[slot.path], slot.layout)
     for key, path in original_biases(adapter, family).items():
         arrays[key] = leaves[path]
     copies = {**second_names(table, family), **adapter.config.extra.get(SECOND_NAMES, {})}
     arrays.update({second: arrays[first] for second, first in copies.items() if first in arrays})
+    arrays.update(tied_tensors(arrays, adapter, leaves, family))
     config = _written_config(adapter, leaves, family, layouts)
     if base_model is not None:
         config["base_model_name_or_path"] = str(base_model)
@@ -143,7 +167,7 @@ def _with_head(adapter: Adapter, leaves: Mapping[str, Any], layouts: Mapping[str
 
 
 def _refuse_abstract(name: str, adapter: Adapter) -> None:
-    leaves = jax.tree.leaves((adapter.weights, adapter.shared, adapter.replaced))
+    leaves = jax.tree.leaves((adapter.weights, adapter.shared, adapter.replaced, adapter.rows))
     abstract = [leaf for leaf in leaves if is_abstract(leaf)]
     if abstract:
         raise ValueError(

@@ -6,7 +6,7 @@ file that is written here for the first time has those that PEFT, reading it, do
 
 import re
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, Literal
 
 from jpeft._config import TunerConfig
 from jpeft._params import Adapter
@@ -19,6 +19,10 @@ from ._keys import PREFIX
 # The names by which PEFT knows an embedding and an output layer.
 EMBEDDINGS = ("embed_tokens", "lm_head")
 
+# All names of input embeddings and of output layers in `transformers`' models that are here.
+INPUTS = ("embed_tokens", "word_embeddings", "wte", "shared", "embed_in")
+OUTPUTS = ("lm_head", "embed_out")
+
 _SECOND = re.compile(r"(?P<module>.+?)\.modules_to_save\.(?P<rest>.+\.)?bias")
 
 
@@ -28,16 +32,32 @@ def written_embeddings(adapter: Adapter) -> list[str]:
     It does so if a list of targets names one of them as such, or if a regular expression means one.
     """
     targets = getattr(adapter.config, "target_modules", None) or ()
+    if getattr(adapter.config, "trainable_token_indices", None) is not None:
+        return []  # whose point is a small file
     adapted = [site.leaf for path, site in adapter.sites.items() if last_name(path) in EMBEDDINGS]
     if isinstance(targets, str) or any(name in targets for name in EMBEDDINGS):
         return [leaf for leaf in adapted if leaf not in adapter.replaced]
     return []
 
 
+def chosen_embeddings(
+    adapter: Adapter, leaves: Mapping[str, Any], save_embedding_layers: bool | Literal["auto"]
+) -> list[str]:
+    """The leaves of embeddings and output layers whose base weights are to be written; raises ValueError."""
+    if save_embedding_layers == "auto":
+        return written_embeddings(adapter)
+    if not isinstance(save_embedding_layers, bool):
+        raise ValueError(f"save_embedding_layers is {save_embedding_layers!r}; expected True, False or 'auto'")
+    if not save_embedding_layers:
+        return []
+    named = [leaf for leaf in leaves if last_name(parent(leaf)) in (*INPUTS, *OUTPUTS)]
+    return [leaf for leaf in named if leaf not in adapter.replaced]
+
+
 def possible_embeddings(leaves: Mapping[str, Any]) -> list[str]:
     """Leaves that a file may hold in full without its config saying so, as PEFT writes embeddings that were resized."""
     matrices = [path for path, leaf in leaves.items() if len(getattr(leaf, "shape", ())) == 2]
-    return [path for path in matrices if "embed" in last_name(path) or last_name(parent(path)) in EMBEDDINGS]
+    return [path for path in matrices if "embed" in last_name(path) or last_name(parent(path)) in OUTPUTS]
 
 
 def original_biases(adapter: Adapter, family: Family) -> dict[str, str]:

@@ -10,22 +10,36 @@ from typing import Any
 import numpy as np
 
 import jpeft
-from jpeft._patterns import matches, value_for
 from jpeft._paths import parent
+from jpeft._patterns import matches, value_for
 from jpeft._targets import saved_modules
 
 from ._config_json import read_config
 from ._files import read_tensors
-from ._keys import PREFIX
+from ._keys import PREFIX, TOKENS
 from ._listed import listed
 from ._pair import find_pair, is_unfinished
 from ._resolve import with_heads
 from ._surplus import EMBEDDINGS
+from ._tied import HEAD
 
 _LORA = re.compile(
     re.escape(PREFIX) + r"(?P<module>.+)\.lora_(?P<embedding>embedding_)?(?P<side>[AB])(?P<weight>\.weight)?"
 )
 _FULL = re.compile(re.escape(PREFIX) + r"(?P<path>.+?)(\.(base_layer|original_module|modules_to_save))?\.[^.]+")
+
+
+VARIANT_NAMES = {
+    "use_dora": ("lora_magnitude_vector",),
+    "lora_bias": ("lora_B.bias",),
+    "kasa_config": ("lora_diag",),
+    "velora_config": ("lora_velora_embed",),
+    "monteclora_config": tuple(
+        f"lora_monteclora_sampler.{name}"
+        for name in ("std_prior", "expert_weights_prior", "gaussian_var_prior", "expert_weights")
+    ),
+}
+"""By the field that asks for a variant of LoRA, what its file holds besides."""
 
 
 @dataclass(frozen=True)
@@ -96,13 +110,19 @@ def _problems(config: jpeft.PeftConfig, tensors: Mapping[str, np.ndarray]) -> It
             # Of a parameter: which one the key does not say, nor how many experts it stacks.
             rank = arrays["A"].shape[0]
         shapes = {side: array.shape for side, array in arrays.items()}
-        fits = {"A": lambda shape, rank=rank: shape[:1] == (rank,), "B": lambda shape, rank=rank: shape[1:2] == (rank,)}
-        misshapen += [f"{module}.lora_{side} {s} (rank {rank})" for side, s in shapes.items() if not fits[side](s)]
+        blocks = getattr(config.use_bdlora, "nblocks", 1)
+        fits = {"A": ((rank,),), "B": ((rank,), (rank // blocks,))}
+        axis = {"A": slice(0, 1), "B": slice(1, 2)}
+        misshapen += [
+            f"{module}.lora_{side} {s} (rank {rank})" for side, s in shapes.items() if s[axis[side]] not in fits[side]
+        ]
     if misshapen:
         yield f"tensors of another rank than the config gives them: {listed(misshapen)}"
     if strange := [module for module in sides if not (_is_target(module, config) or _may_hold_targets(module, config))]:
         yield f"modules that target_modules={config.target_modules!r} does not mean: {listed(strange)}"
-    if unexplained := [key for key in tensors if not _LORA.fullmatch(key) and not _is_explained(key, config)]:
+    own = [f".{name}" for field, names in VARIANT_NAMES.items() if getattr(config, field) for name in names]
+    rest = [key for key in tensors if not _LORA.fullmatch(key) and not key.endswith(tuple(own))]
+    if unexplained := [key for key in rest if not _is_explained(key, config)]:
         yield f"keys that the config does not account for: {listed(unexplained)}"
     if sides and not any(np.any(array) for arrays in sides.values() for side, array in arrays.items() if side == "B"):
         yield "lora_B is zero in every module, so the adapter changes nothing"
@@ -121,6 +141,8 @@ def _sides(tensors: Mapping[str, np.ndarray]) -> dict[str, dict[str, np.ndarray]
 
 
 def _is_target(module: str, config: jpeft.LoraConfig) -> bool:
+    if module == HEAD and config.ensure_weight_tying:
+        return True
     return matches(module, config.target_modules or ()) and not matches(module, config.exclude_modules or ())
 
 
@@ -136,6 +158,8 @@ def _is_explained(key: str, config: jpeft.LoraConfig) -> bool:
     found = _FULL.fullmatch(key)
     if found is None:
         return False
+    if key.endswith(f".{TOKENS}"):
+        return config.trainable_token_indices is not None
     names = found["path"].split(".")
     holders = [".".join(names[:count]) for count in range(1, len(names) + 1)]
     bias = key.endswith(".bias") and (config.bias == "all" or (config.bias == "lora_only" and ".base_layer." in key))

@@ -18,7 +18,7 @@ def dropped(context: Context, equation: Equation, term: Term, x: jax.Array) -> j
     if "key" not in term.arrays:
         return x
     key = use_key(context, equation, term, term.arrays["key"].reshape(-1)[0], x)
-    return contract.dropped(x, term.method.dropout(term.config), {"rng": key})
+    return contract.dropped(x, {"config": term.config, "rng": key})
 
 
 def use_key(context: Context, equation: Equation, term: Term, key: Any, x: jax.Array) -> Any:

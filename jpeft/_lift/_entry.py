@@ -11,12 +11,15 @@ from .._params import Adapter, PeftParams, Rng
 from .._paths import fold_in_name, last_name, leaves_by_path, parent
 from .._stacks import layer_paths
 from .._targets import saved_modules
+from .._tokens import TokenRows, row_method
 from ._weight import FULL_COPY, RANK, Axis, Term, of_role, weight_axes
 
 
 def adapted_modules(wrapped: PeftParams) -> list[tuple[str, str]]:
     """(adapter, module path) of everything that is active."""
-    return [(name, path) for name in wrapped.active for path in wrapped.adapters[name].sites]
+    adapters = [(name, wrapped.adapters[name]) for name in wrapped.active]
+    sites = [(name, path) for name, adapter in adapters for path in adapter.sites]
+    return [*sites, *((name, part.site.path) for name, adapter in adapters for part in adapter.rows.values())]
 
 
 def terms_by_leaf(wrapped: PeftParams) -> dict[str, tuple[Term, ...]]:
@@ -28,6 +31,8 @@ def terms_by_leaf(wrapped: PeftParams) -> dict[str, tuple[Term, ...]]:
         method = method_of(adapter.config)
         for path, site in adapter.sites.items():
             terms[site.leaf] = (*terms.get(site.leaf, ()), _term(name, adapter, method, path, site, rng))
+        for leaf, part in adapter.rows.items():
+            terms[leaf] = (*terms.get(leaf, ()), _row_term(name, adapter, part))
         for path, full in adapter.replaced.items():
             if _is_saved_table(path, full, adapter):
                 terms[path] = (_full_copy(name, adapter, path, full),)
@@ -36,10 +41,17 @@ def terms_by_leaf(wrapped: PeftParams) -> dict[str, tuple[Term, ...]]:
 
 def _is_saved_table(path: str, leaf: Any, adapter: Adapter) -> bool:
     """Whether a leaf is a lookup table that trains in full (and not one that was resized: that is the base's)."""
+    if getattr(adapter.config, "ensure_weight_tying", False):
+        return False  # it then stands for the table in every use
     axes = 2 if layer_paths(path) is None else 3
     if jnp.ndim(leaf) != axes or "embed" not in last_name(path) or not isinstance(adapter.config, TunerConfig):
         return False
     return bool(saved_modules([parent(path)], adapter.config))
+
+
+def _row_term(name: str, adapter: Adapter, part: TokenRows) -> Term:
+    labels = FrozenMapping({"rows": (None, None)})
+    return Term({"rows": part.values}, labels, row_method(part.indices), adapter.config, name, (part.site,))
 
 
 def _full_copy(name: str, adapter: Adapter, path: str, full: jax.Array) -> Term:

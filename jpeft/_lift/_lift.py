@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 
+from .._mixed import is_mixed
 from .._params import PeftParams, is_peft_params
 from .._paths import leaf_path
 from ._consumers import CONSUMERS
@@ -16,6 +17,7 @@ from ._entry import adapted_modules, replaced_leaves, terms_by_leaf
 from ._jaxpr import is_array, trace
 from ._products import PRODUCTS
 from ._record import Record
+from ._rows import run_rows
 from ._views import VIEWS
 from ._walk import Context, plain, walk
 from ._weight import AdaptedWeight, weight_axes
@@ -57,6 +59,8 @@ def run(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, A
     if len(places) > 1:
         raise ValueError(f"a lifted function takes one PeftParams; {len(places)} were given")
     wrapped: PeftParams = leaves[places[0]]
+    if is_mixed(wrapped):
+        return run_rows(run, function, leaves, structure, places[0])
     terms, leaves_instead = terms_by_leaf(wrapped), replaced_leaves(wrapped)
 
     def call(params: Any, others: list[Any]) -> Any:

@@ -7,6 +7,7 @@ hand-written backward pass), elsewhere they keep their axes, which suits shardin
 
 import dataclasses
 import functools
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -70,8 +71,7 @@ def dot_general(context: Context, equation: Equation, inputs: list[Any], needed:
         return [base]
     backwards = _is_backwards(product)
     if backwards and weight.terms[0].site.kind == EMBEDDING:
-        # As in PEFT: an adapter of the table acts on the lookup, not on a tied output product.
-        return [base]
+        return [_tied(context, equation, product, x, weight, base)]
     if all(term.low_rank for term in weight.terms):
         for term in weight.terms:
             context.use(weight, LOW_RANK, equation, only=term)
@@ -81,6 +81,37 @@ def dot_general(context: Context, equation: Equation, inputs: list[Any], needed:
     y = unsharded(functools.partial(_general, context, equation, product, backwards), base)(x, weight)
     context.use(weight, TRANSFORMED, equation)
     return [y.astype(base.dtype)]
+
+
+def _tied(context: Context, equation: Equation, product: Product, x: Any, weight: AdaptedWeight, y: Any) -> Any:
+    """The output product of a lookup table. As in PEFT most adapters of the table act on the lookup alone."""
+    for term in weight.terms:
+        if term.low_rank and getattr(term.config, "ensure_weight_tying", False):
+            context.use(weight, LOW_RANK, equation, only=term)
+            change = functools.partial(_low_rank, context, equation, product, y.dtype, True)
+            y = y + unsharded(change, y)(x, term)
+        elif term.method.tied is not None:
+            context.use(weight, TRANSFORMED, equation, only=term)
+            y = unsharded(functools.partial(_tied_by_method, product, weight.flat_axes, term), y)(x, y)
+        else:
+            warnings.warn(
+                f"{term.site.path!r} is the output layer too, and adapter {term.adapter!r} acts on the lookup alone, "
+                "as in PEFT; merged, it would act on both: ensure_weight_tying=True makes it do so from the start",
+                stacklevel=2,
+            )
+    return y
+
+
+def _tied_by_method(product: Product, axes: Sequence[Axis], term: Term, x: jax.Array, y: jax.Array) -> jax.Array:
+    if product.batch:
+        raise Unsupported("batches over axes of a table")
+    assert term.method.tied is not None
+    rows = [(row,) for row in product.rows]
+    x_order, y_order = [*rows, of_role(axes, OUTPUT)], [*rows, of_role(axes, INPUT)]
+    x = lab.arrange(lab.split(x, product.x_groups, product.sizes), product.x_labels, x_order, product.sizes)
+    y = lab.arrange(lab.split(y, product.y_groups, product.sizes), product.y_labels, y_order, product.sizes)
+    changed = term.method.tied(term.arrays, x, y, term.site)
+    return _to_y(lab.split(changed, y_order, product.sizes), [n for group in y_order for n in group], product)
 
 
 def _sides(inputs: list[Any]) -> tuple[Any, AdaptedWeight, bool]:
@@ -259,9 +290,11 @@ def chained(
 def _general_call(
     context: Context, equation: Equation, term: Term, arrays: dict[str, jax.Array], base: Base, x: jax.Array
 ) -> jax.Array:
-    rng = {"rng": use_key(context, equation, term, arrays["key"], x)} if "key" in arrays else {}
     own = {name: array for name, array in arrays.items() if name != "key"}
-    return term.method.forward(own, x, base, term.site, rng)
+    given: dict[str, Any] = {"config": term.config}
+    if "key" in arrays:
+        given["rng"] = use_key(context, equation, term, arrays["key"], x)
+    return term.method.forward(own, x, base, term.site, given)
 
 
 def _low_rank_call(

@@ -17,8 +17,15 @@ import jax.numpy as jnp
 from .._config import PeftType, TunerConfig
 from .._contract import CONVOLUTION, EMBEDDING, LINEAR, Arrays, Site, low_rank, register
 from .._patterns import value_for
-
-INITIALIZATIONS = (True, False, "gaussian", "orthogonal")
+from ._initialisations import (
+    INITIALIZATIONS as INITIALIZATIONS,
+    CordaConfig,
+    EvaConfig,
+    LoftQConfig,
+    LoraGAConfig,
+    settle_initialization,
+)
+from ._lora_config import BdLoraConfig, KasaConfig, MontecloraConfig, VeloraConfig, check_variants
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -28,8 +35,15 @@ class LoraConfig(TunerConfig):
     r: rank, at least 1. lora_alpha: the change is scaled by lora_alpha / r, or by lora_alpha / sqrt(r) with
     use_rslora. lora_dropout: rate in [0, 1) on the input of the low-rank path (not on lookups). rank_pattern,
     alpha_pattern: {name or regular expression: value}, the first match wins. target_parameters: names of parameters to
-    adapt by themselves, such as stacked experts; with them target_modules may be left out. init_lora_weights: True (A Kaiming
-    uniform, B zero), False (both random), "gaussian" or "orthogonal". Raises ValueError for values out of range.
+    adapt by themselves, such as stacked experts; with them target_modules may be left out.
+    trainable_token_indices: rows of the table of tokens, or {module: rows}, that train themselves. ensure_weight_tying:
+    what changes a table changes it as the output layer, too. layer_replication: the (start, end) ranges of layers
+    of which the model was made, see `jpeft_interop.models.replicate_layers`. init_lora_weights: True (A Kaiming
+    uniform, B zero), False (both random), "gaussian", "orthogonal"; of the weight: "pissa", "pissa_niter_<number>",
+    "olora"; of data (see their functions): "eva", "corda", "lora_ga", "loftq", with settings in eva_config and so on.
+    Variants, at most one: use_dora, lora_bias,
+    use_bdlora, kasa_config, velora_config, monteclora_config, use_qalora, init_lora_weights="mica" (see their files).
+    Raises ValueError for values out of range.
 
     >>> LoraConfig(r=8, lora_alpha=16, target_modules=["q_proj", "v_proj"]).r
     8
@@ -42,9 +56,24 @@ class LoraConfig(TunerConfig):
     use_rslora: bool = False
     fan_in_fan_out: bool = False
     init_lora_weights: bool | str = True
+    use_dora: bool = False
+    lora_bias: bool = False
+    use_bdlora: BdLoraConfig | Mapping[str, Any] | None = None
+    kasa_config: KasaConfig | Mapping[str, Any] | None = None
+    velora_config: VeloraConfig | Mapping[str, Any] | None = None
+    monteclora_config: MontecloraConfig | Mapping[str, Any] | None = None
+    use_qalora: bool = False
+    qalora_group_size: int = 16
     rank_pattern: Mapping[str, int] = dataclasses.field(default_factory=dict)
     alpha_pattern: Mapping[str, float] = dataclasses.field(default_factory=dict)
     target_parameters: tuple[str, ...] | list[str] | None = None
+    trainable_token_indices: Mapping[str, Any] | tuple[int, ...] | list[int] | None = None
+    ensure_weight_tying: bool = False
+    layer_replication: tuple[tuple[int, int], ...] | list[tuple[int, int]] | None = None
+    eva_config: EvaConfig | Mapping[str, Any] | None = None
+    corda_config: CordaConfig | Mapping[str, Any] | None = None
+    lora_ga_config: LoraGAConfig | Mapping[str, Any] | None = None
+    loftq_config: LoftQConfig | Mapping[str, Any] | None = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -57,9 +86,8 @@ class LoraConfig(TunerConfig):
             raise ValueError(f"lora_dropout is {self.lora_dropout!r}; expected a rate in [0, 1)")
         if self.bias not in ("none", "all", "lora_only"):
             raise ValueError(f"bias is {self.bias!r}; expected 'none', 'all' or 'lora_only'")
-        if self.init_lora_weights not in INITIALIZATIONS:
-            known = ", ".join(map(repr, INITIALIZATIONS))
-            raise ValueError(f"init_lora_weights is {self.init_lora_weights!r}; expected one of {known}")
+        settle_initialization(self)
+        check_variants(self)
 
 
 def rank_of(site: Site, config: LoraConfig) -> int:

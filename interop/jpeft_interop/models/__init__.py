@@ -12,6 +12,7 @@ from ._outputs import (
     Seq2SeqLMOutput as Seq2SeqLMOutput,
     Seq2SeqModelOutput as Seq2SeqModelOutput,
 )
+from ._replication import replicate_layers as replicate_layers
 from .auto import (
     FAMILIES as FAMILIES,
     FlaxAutoModel as FlaxAutoModel,

@@ -1,5 +1,6 @@
 """Text from a model: `generate`, one compiled program for one shape of input."""
 
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -11,6 +12,7 @@ import numpy as np
 from jax.typing import ArrayLike
 
 import jpeft
+from jpeft._mixed import with_rows
 
 from ._beam import Beams, beam_search
 from ._blueprint import Blueprint, run_network
@@ -181,7 +183,14 @@ def _compiled(
         static = {name: value for name, value in given.items() if isinstance(value, int)}
         arrays = {name: value for name, value in given.items() if name not in static}
         call = partial(plain, static=static)
-        return (jpeft.lift(call) if isinstance(params, jpeft.PeftParams) else call)(params, arrays)
+        if not isinstance(params, jpeft.PeftParams):
+            return call(params, arrays)
+        # Beams and several sequences for a prompt repeat the rows of a mixed batch.
+        batch = arrays["decoder_input_ids" if "decoder_input_ids" in arrays else "input_ids"].shape[0]
+        with warnings.catch_warnings():
+            # The encoder alone, and a step of the decoder, have a use for a part of the adapters each.
+            warnings.filterwarnings("ignore", message="the function uses no weight of")
+            return jpeft.lift(call)(with_rows(params, batch), arrays)
 
     decoder = _decoder(blueprint)
     rows, length = prompt.shape

@@ -39,12 +39,6 @@ HIDDEN_STATES = [
 """Where an output holds them: in itself, or in that of a tower."""
 
 
-@pytest.fixture(autouse=True, scope="module")
-def quick_compilation():
-    """These many programs run once each, on next to nothing: the time would go into optimising them."""
-    yield from oracle.without_optimizations()
-
-
 def each_task(cases):
     return pytest.mark.parametrize(
         "case, task", [pytest.param(case, task, id=f"{case.name}-{task}") for case in cases for task in case.tasks]

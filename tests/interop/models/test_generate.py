@@ -75,11 +75,6 @@ def assert_tokens(actual, expected):
     assert (actual[:, expected.shape[1] :] == PAD).all()
 
 
-@pytest.fixture(autouse=True, scope="module")
-def quick_compilation():
-    yield from oracle.without_optimizations()
-
-
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_greedy(case, tmp_path):
     ours, reference = models(case, tmp_path)

@@ -61,12 +61,3 @@ def padded(side: str, batch: int, length: int, pads: int) -> np.ndarray:
     mask = np.ones((batch, length), np.int64)
     mask[-1, slice(length - pads, None) if side == "right" else slice(0, pads)] = 0
     return mask
-
-
-def without_optimizations() -> Any:
-    """While this iterates, XLA compiles without most of its optimisations: twice as fast, for programs that run once."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    try:
-        yield
-    finally:
-        jax.config.update("jax_disable_most_optimizations", False)

@@ -1,0 +1,90 @@
+"""An adapter as a flat dict with PEFT's keys: `get_peft_model_state_dict` and its inverse."""
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import numpy as np
+
+from jpeft import PeftParams
+from jpeft._paths import leaves_by_path
+
+from ._base_model import parameters_of
+from ._family import family_of
+from ._load import adapter_from, with_mapped_keys
+from ._save import contents_of
+from ._stacked import unstacked_layouts
+
+
+def get_peft_model_state_dict(
+    model: Any,
+    adapter_name: str = "default",
+    *,
+    save_embedding_layers: bool | Literal["auto"] = "auto",
+    family: str = "hf",
+    layouts: Mapping[str, str] | None = None,
+) -> dict[str, np.ndarray]:
+    """The tensors of one adapter under the keys, in the shapes and in the dtypes of `adapter_model.safetensors`.
+
+    model: a `PeftModel`, or `PeftParams`. The other arguments are those of `save_pretrained`. Raises ValueError for an
+    unknown adapter name, and what `save_pretrained` raises.
+
+    >>> import jax.numpy as jnp, jpeft
+    >>> wrapped = jpeft.wrap({"q": {"kernel": jnp.ones((4, 6))}}, jpeft.LoraConfig(r=2, target_modules=["q"]))
+    >>> {key: tensor.shape for key, tensor in get_peft_model_state_dict(wrapped).items()}
+    {'base_model.model.q.lora_A.weight': (2, 4), 'base_model.model.q.lora_B.weight': (6, 2)}
+    """
+    wrapped = parameters_of(model)
+    _check_name(wrapped, adapter_name)
+    layouts = _layouts(model, layouts)
+    contents = contents_of(wrapped, adapter_name, None, family_of(family), layouts, save_embedding_layers)
+    return dict(contents.tensors)
+
+
+def set_peft_model_state_dict(
+    model: Any,
+    state_dict: Mapping[str, Any],
+    adapter_name: str = "default",
+    *,
+    family: str = "hf",
+    layouts: Mapping[str, str] | None = None,
+    key_mapping: Mapping[str, str] | None = None,
+) -> Any:
+    """The model with one adapter's values taken from a dict with PEFT's keys.
+
+    model: a `PeftModel`, which is changed and returned, or `PeftParams`, which are not. state_dict: numpy, JAX or CPU
+    tensors, all that the adapter has and no others. They keep their dtypes. family, layouts, key_mapping: as for
+    `load_pretrained`. Raises ValueError for an unknown adapter name, and if tensors are missing, unexpected or
+    misshapen, all of them in one message.
+
+    >>> import jax.numpy as jnp, jpeft
+    >>> wrapped = jpeft.wrap({"q": {"kernel": jnp.ones((4, 6))}}, jpeft.LoraConfig(r=2, target_modules=["q"]))
+    >>> state = {key: tensor + 1 for key, tensor in get_peft_model_state_dict(wrapped).items()}
+    >>> float(set_peft_model_state_dict(wrapped, state).adapters["default"].weights["q"]["lora_B"][0, 0])
+    1.0
+    """
+    wrapped = parameters_of(model)
+    _check_name(wrapped, adapter_name)
+    leaves = leaves_by_path(wrapped.base)
+    table = family_of(family)
+    known = unstacked_layouts({**table.layouts, **_layouts(model, layouts)}, leaves)
+    tensors = {key: np.asarray(tensor) for key, tensor in state_dict.items()}
+    planned = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), wrapped.adapters[adapter_name])
+    tensors = with_mapped_keys(tensors, key_mapping or {})
+    adapter = adapter_from(Path("state_dict"), tensors, planned, leaves, table, known)
+    filled = dataclasses.replace(wrapped, adapters={**wrapped.adapters, adapter_name: adapter})
+    if isinstance(model, PeftParams):
+        return filled
+    model.params = filled
+    return model
+
+
+def _layouts(model: Any, layouts: Mapping[str, str] | None) -> Mapping[str, str]:
+    return {**getattr(model, "layouts", {}), **(layouts or {})}
+
+
+def _check_name(wrapped: PeftParams, name: str) -> None:
+    if name not in wrapped.adapters:
+        raise ValueError(f"there is no adapter {name!r}; expected one of: {', '.join(wrapped.adapters)}")
