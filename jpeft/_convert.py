@@ -64,7 +64,7 @@ def _with_lora(
     wrapped: PeftParams, adapter: Adapter, new_name: str, config: TunerConfig, weights: dict[str, dict[str, Any]]
 ) -> PeftParams:
     scaling = {path: jnp.ones(site.stack, jnp.float32) for path, site in adapter.sites.items()}
-    new = Adapter(weights, {}, copied(adapter.replaced), scaling, config, adapter.sites)
+    new = Adapter(weights, {}, copied(adapter.replaced), scaling, config, adapter.sites, copied(adapter.rows))
     return dataclasses.replace(wrapped, adapters={**wrapped.adapters, new_name: new})
 
 
@@ -137,6 +137,7 @@ def _lora_config(config: Any, ranks: Mapping[str, int]) -> TunerConfig:
         rank_pattern={name: by_layer[name] for name in names},
         alpha_pattern={name: by_layer[name] for name in names},
         fan_in_fan_out=getattr(config, "fan_in_fan_out", False),
+        trainable_token_indices=getattr(config, "trainable_token_indices", None),
     )
 
 

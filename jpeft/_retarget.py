@@ -58,7 +58,8 @@ def _selected(config: TunerConfig, leaves: Mapping[str, Any], found: Mapping[str
 
 def copied(leaves: Mapping[str, Any]) -> dict[str, Any]:
     """Copies of an adapter's arrays for another adapter: whoever donates both trees may donate a buffer only once."""
-    return {
-        path: leaf if isinstance(leaf, jax.ShapeDtypeStruct) else jnp.array(leaf, copy=True)
-        for path, leaf in leaves.items()
-    }
+
+    def copy(leaf: Any) -> Any:
+        return leaf if isinstance(leaf, jax.ShapeDtypeStruct) else jnp.array(leaf, copy=True)
+
+    return jax.tree.map(copy, dict(leaves))

@@ -122,6 +122,11 @@ def _check_plain(name: str, adapter: Adapter) -> None:
             f"adapter {name!r} has a {type(config).__name__}; expected a LoraConfig: make a LoRA of it first, with "
             "jpeft.convert_to_lora"
         )
+    if adapter.rows:
+        raise TypeError(
+            f"adapter {name!r} trains single rows of {', '.join(adapter.rows)} (trainable_token_indices), which "
+            "have no weighted sum with another adapter's; expected adapters without"
+        )
     if getattr(config, "target_parameters", None):
         raise TypeError(f"adapter {name!r} has target_parameters={config.target_parameters!r}; expected none")  # pyright: ignore[reportAttributeAccessIssue]
     odd = {

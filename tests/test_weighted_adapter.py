@@ -277,6 +277,10 @@ def test_refusals_of_other_adapters():
     )
     with pytest.raises(TypeError, match=r"adapter 'p' has target_parameters=\('k.kernel',\); expected none"):
         jpeft.add_weighted_adapter(wrapped_parameter, ["default", "p"], [1.0, 1.0], "both")
+    table = {**TREE, "embed": {"embedding": jnp.ones((7, 4))}}
+    tokens = jpeft.wrap(table, jpeft.LoraConfig(**BASE, trainable_token_indices={"embed": [1, 2]}), layouts=LAYOUTS)
+    with pytest.raises(TypeError, match=r"trains single rows of embed\.embedding \(trainable_token_indices\)"):
+        jpeft.add_weighted_adapter(tokens, ["default"], [1.0], "both")
     turned = jpeft.wrap(wrapped, jpeft.LoraConfig(**BASE), adapter_name="two", layouts={"q.kernel": "ooi"})
     with pytest.raises(ValueError, match="adapter 'two' sees 'q' as .* wrapped with the same layouts"):
         jpeft.add_weighted_adapter(turned, ["one", "two"], [1.0, 1.0], "both")

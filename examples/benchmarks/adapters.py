@@ -188,7 +188,8 @@ def torch_rows(args: argparse.Namespace, folder: Path) -> Rows:
 
     single = "PyTorch PEFT: a single adapter, 8 rows"
     mixed: Rows = {f"PyTorch PEFT: mixed over {n}": (functools.partial(run, n), single) for n in (4, 32)}
-    return {single: (lambda: run(None), None), **mixed, "PyTorch PEFT: wrap and unload, 7B shapes": (torch_wrap(), None)}
+    wrapping = {"PyTorch PEFT: wrap and unload, 7B shapes": (torch_wrap(), None)}
+    return {single: (lambda: run(None), None), **mixed, **wrapping}
 
 
 def torch_wrap() -> Callable[[], Any]:
