@@ -348,6 +348,7 @@ def test_a_scan_over_stacks_computes_what_the_layers_do(settings, names):
     assert "merged" not in str(uses)
 
 
+@pytest.mark.filterwarnings("ignore:.*is the output layer too")
 def test_tables_in_a_stack_that_train_in_full():
     """As for a table outside of stacks, the copy is for the lookup and the tied product keeps the base."""
     tables, ids = jax.random.normal(KEY, (3, 7, 4)), IDS

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from jpeft_interop.models import FlaxAutoModelForCausalLM
-from jpeft_interop.models._causal import check_heads, check_length, translated
+from jpeft_interop.models._causal import check_length
+from jpeft_interop.models._config import check_heads, translated
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")

@@ -223,7 +223,7 @@ def test_every_linear_layer_can_be_adapted(case, task, ours):
 
 @each_task([dataclasses.replace(case, tasks=case.tasks[-1:]) for case in FULL])
 @pytest.mark.parametrize("scan_layers", [False, True])
-@pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to False but the target module is `Conv1D`")
+@pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to")  # PEFT sees for itself which layers are `Conv1D`.
 def test_peft_loads_an_adapter(case, task, folder, scan_layers, tmp_path):
     ours = AutoModel(task).from_pretrained(folder, scan_layers=scan_layers)
     config = jpeft.LoraConfig(r=3, target_modules="all-linear")
@@ -262,4 +262,4 @@ def test_peft_loads_an_adapter(case, task, folder, scan_layers, tmp_path):
 
 def test_every_family_is_in_the_table():
     compared = {case.config().model_type for case in FULL}
-    assert compared == set(FAMILIES) - {"xlm-roberta"}
+    assert compared == set(FAMILIES)

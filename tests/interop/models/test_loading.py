@@ -625,7 +625,7 @@ def test_hub_failures(monkeypatch):
         ({**BERT, "hidden_size": 9}, "hidden_size 9 is not a multiple of num_attention_heads 2"),
         ({**BERT, "position_embedding_type": "relative_key"}, r"position_embedding_type='relative_key' \(expected"),
         ({**BERT, "is_decoder": True}, r"is_decoder=True \(expected False\)"),
-        ({**BERT, "model_type": "llava"}, "model_type 'llava' is not implemented; families: bert, llama, mistral"),
+        ({**BERT, "model_type": "llava"}, "model_type 'llava' is not implemented; families: bart, bert, bloom"),
         (SIZES, "model_type None is not implemented"),
     ],
 )
@@ -687,7 +687,8 @@ def test_inputs_that_are_refused(inputs, error, message):
 
 def test_too_long_for_bert():
     model = FlaxAutoModel.from_config(BERT)
-    with pytest.raises(ValueError, match="17 tokens exceed max_position_embeddings=16: truncate"):
+    message = "17 tokens exceed the 16 that max_position_embeddings=16 has room for: truncate"
+    with pytest.raises(ValueError, match=message):
         model.apply(model.params, np.ones((1, 17), np.int32))
 
 
