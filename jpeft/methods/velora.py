@@ -13,7 +13,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 
 from .._contract import LINEAR, Arrays, Base, Site, dropped, low_rank, register, wide_dtype
 from .lora import LORA, LoraConfig, factors, init as init_lora, scaling
@@ -45,7 +44,8 @@ def forward(p: Arrays, x: jax.Array, base: Base, site: Site, context: Mapping[st
     a, b = factors(p, site)
     y, x = base(x), dropped(x, context)
     settings, stored = context["config"].velora_config, p["lora_velora_embed"]
-    direction = lax.stop_gradient(unit(grouped(x, stored.shape[0]).mean((0, 1))))
+    # No gradient goes through it: `_tangent` passes over that of the direction.
+    direction = unit(grouped(x, stored.shape[0]).mean((0, 1)))
     if settings.init_type != "batch_average":
         # "batch_average_once" has nothing stored before a first average is.
         direction = jnp.where(jnp.any(stored != 0), stored.astype(direction.dtype), direction)

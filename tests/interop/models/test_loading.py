@@ -192,7 +192,9 @@ def test_rules_place_what_is_read_and_what_is_new(tmp_path):
     where = {"mesh": mesh(2, 2), "sharding_rules": RULES}
     split = auto.from_pretrained(tmp_path, **where)
     assert_same(split.params, whole.params)
-    assert_same(auto.from_config(config, **where).params, whole.params)
+    # Drawn by a program of its own, whose last bits may differ.
+    drawn = auto.from_config(config, **where).params
+    jax.tree.map(lambda ours, theirs: np.testing.assert_allclose(ours, theirs, rtol=1e-6), drawn, whole.params)
     abstract = auto.from_config(config, abstract=True, **where)
     assert specs(split) == specs(abstract) == specs(auto.from_config(config, **where))
     given = specs(split)
