@@ -43,32 +43,35 @@ def grouped(x: jax.Array, size: int) -> jax.Array:
 def forward(p: Arrays, x: jax.Array, base: Base, site: Site, context: Mapping[str, Any]) -> jax.Array:
     a, b = factors(p, site)
     y, x = base(x), dropped(x, context)
-    settings, stored = context["config"].velora_config, p["lora_velora_embed"]
-    # No gradient goes through it: `_tangent` passes over that of the direction.
-    direction = unit(grouped(x, stored.shape[0]).mean((0, 1)))
-    if settings.init_type != "batch_average":
-        # "batch_average_once" has nothing stored before a first average is.
-        direction = jnp.where(jnp.any(stored != 0), stored.astype(direction.dtype), direction)
-    h = compressed_product(settings.scale, x, a.astype(x.dtype), direction.astype(x.dtype))
+    h = compressed_product(context["config"].velora_config, x, a.astype(x.dtype), p["lora_velora_embed"])
     return y + (h @ b.astype(h.dtype)).astype(y.dtype)
 
 
+def direction_of(settings: Any, x: jax.Array, stored: jax.Array) -> jax.Array:
+    average = unit(grouped(x, stored.shape[0]).mean((0, 1)))
+    if settings.init_type == "batch_average":
+        return average.astype(x.dtype)
+    # "batch_average_once" has nothing stored before a first average is.
+    return jnp.where(jnp.any(stored != 0), stored.astype(average.dtype), average).astype(x.dtype)
+
+
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
-def compressed_product(scale: float, x: jax.Array, a: jax.Array, direction: jax.Array) -> jax.Array:
+def compressed_product(settings: Any, x: jax.Array, a: jax.Array, stored: jax.Array) -> jax.Array:
     return x @ a.T
 
 
 # A rule for tangents, and not for the backward pass alone, so that derivatives in both directions exist.
 @compressed_product.defjvp
-def _tangent(scale: float, primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
-    (x, a, direction), (x_dot, a_dot, _) = primals, tangents
+def _tangent(settings: Any, primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
+    (x, a, stored), (x_dot, a_dot, _) = primals, tangents
+    direction = direction_of(settings, x, stored)
     z = grouped(x, direction.shape[0]) @ direction
 
     # What is made of z is made again in the backward pass, so that z is all that is kept until then.
     @jax.checkpoint
     def by_a(z: jax.Array, direction: jax.Array, a_dot: jax.Array) -> jax.Array:
         made = (z[:, :, None] * direction).reshape(z.shape[0], -1)[:, : a.shape[1]]
-        return (made * jnp.asarray(scale, z.dtype)) @ a_dot.T
+        return (made * jnp.asarray(settings.scale, z.dtype)) @ a_dot.T
 
     return x @ a.T, x_dot @ a.T + by_a(z, direction, a_dot).reshape(*x.shape[:-1], a.shape[0])
 
