@@ -186,7 +186,8 @@ def test_kasa_loss_has_a_gradient_where_the_factors_are_orthogonal():
 
 def test_velora_keeps_the_projections_alone():
     x, a, direction = random_like(((7, 10), (3, 10), (4,)), 5)
-    _, pull = jax.vjp(lambda x, a: velora.compressed_product(0.5, x, a, direction), x, a)
+    settings = jpeft.VeloraConfig(scale=0.5, init_type="random")
+    _, pull = jax.vjp(lambda x, a: velora.compressed_product(settings, x, a, direction), x, a)
     kept = [leaf.shape for leaf in jax.tree.leaves(pull)]
     assert (7, 3) in kept and not {(7, 10), (70,), (7, 3, 4), (7, 12)} & set(kept)
     g = random_like((7, 3), 8)
