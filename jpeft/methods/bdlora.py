@@ -1,4 +1,4 @@
-"""BD-LoRA: Block-Diagonal LoRA for tensor-parallel serving (2025, https://arxiv.org/abs/2510.23346).
+"""BD-LoRA: Block-Diagonal LoRA for tensor-parallel serving (Wang et al., 2025, https://arxiv.org/abs/2510.23346).
 
     W' = W + s A B with A or B block-diagonal, so that each device needs its own block alone
 
