@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from math import prod
 from typing import Any
 
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from ._pieces import layer_paths
 
@@ -28,6 +28,9 @@ def placement(mesh: Mesh | None, rules: Rules | None) -> Placement:
     gives the spec of the whole parameter. Without rules, the largest axis of a parameter that the number of devices
     divides is split over all of them; a stack of layers is not, nor are parameters of less than 4096 elements.
 
+    The axes of the mesh become `AxisType.Auto`, whatever they are: the networks leave it to the compiler how their
+    activations are split, where an explicit axis asks every operation for it.
+
     Raises ValueError for rules without a mesh, and TypeError or ValueError where a spec is used that is none, or that
     does not fit the parameter or the mesh.
     """
@@ -35,6 +38,7 @@ def placement(mesh: Mesh | None, rules: Rules | None) -> Placement:
         if rules is not None:
             raise ValueError("sharding_rules were given without a mesh: give mesh=jax.sharding.Mesh(...) as well")
         return lambda path, shape: None
+    mesh = Mesh(mesh.devices, mesh.axis_names, axis_types=(AxisType.Auto,) * len(mesh.axis_names))
 
     def place(path: str, shape: tuple[int, ...]) -> NamedSharding:
         if rules is None:

@@ -107,7 +107,8 @@ class AutoModel:
         `model.layers.0:32.self_attn.q_proj.kernel`, so that compiling takes as long for 80 layers as for one. `remat`:
         what a layer saves for its backward pass, by the name of a `jax.checkpoint_policies`, e.g. "nothing_saveable";
         None saves everything. `num_labels`: size of the classification head. `mesh`: spread the parameters over its
-        devices; each process reads only the parts that its devices hold. `sharding_rules`: how, as `(regular expression
+        devices, each of its axes an `AxisType.Auto` as that of your data has to be; each process reads only the parts
+        that its devices hold. `sharding_rules`: how, as `(regular expression
         of a path, jax.sharding.PartitionSpec)` pairs of which the first that fits counts and that leave a parameter
         whole where none does, or as `(path, shape) -> PartitionSpec`; in a stack of layers a spec of a pair is that of
         one layer. None splits the largest axis that can be split over all devices (FSDP). `rng`: for a head that the

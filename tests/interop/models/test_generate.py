@@ -27,7 +27,7 @@ CASES = [
 ]
 FULL = [case for case in CASES if case.full]
 STACKED = [case for case in FULL if case.name in ("llama", "gemma2", "bloom", "t5", "whisper")]
-"""One of each kind of memory: plain, of layers that alternate, with a bias, of a first layer of its own, of an encoder."""
+"""One of each kind of memory: plain, of layers that alternate, with a bias, with a first layer of its own, encoded."""
 NEW = 9
 PAD = 1  # With 0, transformers fills what a beam search leaves with the first eos token.
 EOS = (2, 5, 7)

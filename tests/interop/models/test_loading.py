@@ -14,7 +14,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 from flax import nnx
-from jax.sharding import Mesh, PartitionSpec as P
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec as P
 from safetensors.numpy import load_file, save_file
 
 from jpeft_interop.models import (
@@ -783,3 +783,16 @@ def test_initial_values_depend_on_the_path_alone():
     first, second = (small.params["model"]["layers"][i]["mlp"]["up_proj"]["kernel"] for i in "01")
     assert np.abs(first - second).max() > 0.1
     assert np.all(small.params["model"]["norm"]["scale"] == 1)
+
+
+@pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
+def test_a_split_model_computes_the_same(folder, axis_type):
+    # jax.make_mesh makes explicit axes unless it is told otherwise.
+    split_over = jax.make_mesh((2, 2), ("x", "y"), axis_types=(axis_type,) * 2, devices=jax.devices()[:4])
+    split = FlaxAutoModelForCausalLM.from_pretrained(folder, mesh=split_over, sharding_rules=[("proj", P("x", "y"))])
+    assert any(len(leaf.sharding.device_set) == 4 for leaf in jax.tree.leaves(split.params))
+    ids = np.arange(12).reshape(4, 3) % 16
+    rows = NamedSharding(mesh(2, 2), P("x"))
+    expected = llama().apply(llama().params, ids).logits
+    for given in (ids, jax.device_put(ids, rows)):
+        np.testing.assert_allclose(jax.jit(split.apply)(split.params, given).logits, expected, atol=1e-5)
