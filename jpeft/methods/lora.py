@@ -41,8 +41,8 @@ class LoraConfig(TunerConfig):
     of which the model was made, see `jpeft_interop.models.replicate_layers`. init_lora_weights: True (A Kaiming
     uniform, B zero), False (both random), "gaussian", "orthogonal"; of the weight: "pissa", "pissa_niter_<number>",
     "olora"; of data (see their functions): "eva", "corda", "lora_ga", "loftq", with settings in eva_config and so on.
-    Variants, at most one: use_dora, lora_bias,
-    use_bdlora, kasa_config, velora_config, monteclora_config, use_qalora, init_lora_weights="mica" (see their files).
+    Variants, at most one (see their files): use_dora, lora_bias, use_bdlora, kasa_config, velora_config,
+    monteclora_config, use_qalora, init_lora_weights="mica".
     Raises ValueError for values out of range.
 
     >>> LoraConfig(r=8, lora_alpha=16, target_modules=["q_proj", "v_proj"]).r

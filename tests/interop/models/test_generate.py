@@ -280,3 +280,31 @@ def test_wrong_inputs():
     bare = FlaxAutoModel.from_config({"model_type": "llama", "num_hidden_layers": 1}, abstract=True)
     with pytest.raises(TypeError, match="LlamaModel does not generate; load the model with FlaxAutoModelForCausalLM"):
         bare.generate(bare.params, [[3]])
+
+
+def test_calls_that_do_not_fit_the_cache():
+    model = llama()
+    ids = np.array([[3, 4, 5], [6, 7, 8]])
+    cache = model.apply(model.params, ids, cache_length=6).past_key_values
+    with pytest.raises(ValueError, match="expected past_key_values or cache_length, got both"):
+        model.apply(model.params, ids[:, :1], past_key_values=cache, cache_length=6)
+    with pytest.raises(ValueError, match="cache_length is 2, but 3 tokens are to go into the cache"):
+        model.apply(model.params, ids, cache_length=2)
+    with pytest.raises(ValueError, match="past_key_values has 2 rows, the input 1; expected as many"):
+        model.apply(model.params, ids[:1, :1], past_key_values=cache)
+
+
+def test_a_policy_that_is_not_known():
+    with pytest.raises(ValueError, match="remat='everything' is not known; expected None or one of: nothing_saveable"):
+        FlaxAutoModelForCausalLM.from_config({"model_type": "llama"}, abstract=True, remat="everything")
+
+
+def test_an_encoder_without_input_and_a_decoder_without_start():
+    sizes = {"vocab_size": 40, "d_model": 8, "d_kv": 4, "d_ff": 8, "num_layers": 1, "num_heads": 2}
+    model = AutoModel("seq2seq-lm").from_config({"model_type": "t5", **sizes})
+    with pytest.raises(ValueError, match="generate needs the input of the encoder"):
+        model.generate(model.params)
+    with pytest.raises(ValueError, match="neither decoder_start_token_id nor bos_token_id: give decoder_input_ids"):
+        model.generate(model.params, [[3, 4]])
+    given = model.generate(model.params, [[3, 4]], decoder_input_ids=[[0]], max_new_tokens=2)
+    assert given.sequences.shape == (1, 3)
