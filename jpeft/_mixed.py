@@ -258,7 +258,10 @@ def _all_sites(adapters: dict[str, Adapter]) -> dict[str, Site]:
     for name, adapter in adapters.items():
         for path, site in adapter.sites.items():
             if sites.setdefault(path, site) != site:
-                raise ValueError(f"adapter {name!r} acts on {path!r} as {site}, another one as {sites[path]}")
+                raise ValueError(
+                    f"adapter {name!r} acts on {path!r} as {site}, another one as {sites[path]}; expected adapters "
+                    "that were wrapped with the same layouts"
+                )
     return sites
 
 

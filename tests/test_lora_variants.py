@@ -276,3 +276,8 @@ UNFIT = {
 def test_modules_that_do_not_fit(text):
     with pytest.raises(ValueError, match=text):
         wrapped_with(**UNFIT[text])
+
+
+def test_a_name_for_both_factors_of_blocks():
+    with pytest.raises(ValueError, match=r"target_modules_bd_a and target_modules_bd_b both have \[.q.\]; expected"):
+        jpeft.BdLoraConfig(target_modules_bd_a=["q"], target_modules_bd_b=["q", "k"])

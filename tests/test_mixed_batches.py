@@ -339,3 +339,13 @@ def test_what_cannot_be_right_is_refused():
     for text, call in refusals().items():
         with pytest.raises(ValueError, match=text):
             call()
+
+
+def test_other_layouts_and_no_mixture():
+    config = jpeft.LoraConfig(r=2, target_modules=["q"])
+    wrapped = jpeft.wrap({"q": {"kernel": jnp.ones((4, 2, 3))}}, config, adapter_name="a", layouts={"q.kernel": "ioo"})
+    with pytest.raises(ValueError, match=r"hold the adapters \['a'\] and no mixture; expected those of jpeft.mixed"):
+        jpeft.unmixed(wrapped)
+    other = jpeft.wrap(wrapped, config, adapter_name="b", layouts={"q.kernel": "iio"})
+    with pytest.raises(ValueError, match="adapter 'b' acts on 'q' as .*; expected adapters that were wrapped with the"):
+        jpeft.mixed_batch(other)
