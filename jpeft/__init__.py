@@ -1,10 +1,12 @@
 """Parameter-efficient fine-tuning for JAX: adapters beside any parameter tree, in PEFT's file format."""
 
+from ._activation import alora_offsets as alora_offsets
 from ._adapters import (
     delete_adapter as delete_adapter,
     rename_adapter as rename_adapter,
     rescale_adapter_scale as rescale_adapter_scale,
 )
+from ._arrow import create_arrow_adapter as create_arrow_adapter
 from ._capture import capture_inputs as capture_inputs
 from ._config import PeftConfig as PeftConfig, PeftType as PeftType, TaskType as TaskType, TunerConfig as TunerConfig
 from ._context import with_context as with_context
@@ -64,11 +66,26 @@ from .methods._initialisations import (
     LoraGAConfig as LoraGAConfig,
 )
 from .methods._lora_config import (
+    ArrowConfig as ArrowConfig,
     BdLoraConfig as BdLoraConfig,
     KasaConfig as KasaConfig,
     MontecloraConfig as MontecloraConfig,
     VeloraConfig as VeloraConfig,
 )
+from .methods.boft import BOFTConfig as BOFTConfig
+from .methods.c3a import C3AConfig as C3AConfig
+from .methods.hra import HRAConfig as HRAConfig
+from .methods.ia3 import IA3Config as IA3Config
 from .methods.kasa import kasa_loss as kasa_loss
+from .methods.loha import LoHaConfig as LoHaConfig
+from .methods.lokr import LoKrConfig as LoKrConfig
 from .methods.lora import LoraConfig as LoraConfig
+from .methods.miss import MissConfig as MissConfig
 from .methods.monteclora import monteclora_loss as monteclora_loss
+from .methods.oft import OFTConfig as OFTConfig, oft_projection as oft_projection
+from .methods.psoft import PsoftConfig as PsoftConfig
+from .methods.pvera import PveraConfig as PveraConfig
+from .methods.randlora import RandLoraConfig as RandLoraConfig
+from .methods.road import RoadConfig as RoadConfig
+from .methods.vblora import VBLoRAConfig as VBLoRAConfig
+from .methods.vera import VeraConfig as VeraConfig

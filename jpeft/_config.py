@@ -21,6 +21,20 @@ class PeftType(enum.StrEnum):
     """The methods that this package implements, under PEFT's names."""
 
     LORA = "LORA"
+    BOFT = "BOFT"
+    C3A = "C3A"
+    HRA = "HRA"
+    IA3 = "IA3"
+    LOHA = "LOHA"
+    LOKR = "LOKR"
+    MISS = "MISS"
+    OFT = "OFT"
+    PSOFT = "PSOFT"
+    PVERA = "PVERA"
+    RANDLORA = "RANDLORA"
+    ROAD = "ROAD"
+    VBLORA = "VBLORA"
+    VERA = "VERA"
 
 
 class FrozenMapping(Mapping[Any, Any]):

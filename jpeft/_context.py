@@ -1,21 +1,28 @@
-"""What a call needs besides its inputs: a key for dropout, an adapter for each row of a mixed batch."""
+"""What a call needs besides its inputs: a key for dropout, an adapter for each row, what methods ask of each row."""
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 
-from ._mixed import indices_of
+from ._contract import RowInput
+from ._mixed import indices_of, row_inputs_of
 from ._params import PeftParams, Rng
 
 
-def with_context(params: PeftParams, *, rng: jax.Array | None = None, adapter_indices: Any = None) -> PeftParams:
-    """The same parameters with what a training step needs besides its batch.
+def with_context(
+    params: PeftParams, *, rng: jax.Array | None = None, adapter_indices: Any = None, **row_inputs: Any
+) -> PeftParams:
+    """The same parameters with what a call needs besides its batch, in place of what they had of it.
 
     rng: a key for dropout; without one dropout is off. Give each step a key of its own.
     adapter_indices: for parameters of `mixed_batch`, which adapter each row of the batch gets: integers (rows,), -1 for
     none, or a list of names, "__base__" for none.
-    Raises TypeError if `rng` is not a PRNG key, and ValueError for indices or names that the mixture does not have.
+    row_inputs: what the adapters' methods ask for, by name, an entry a row: `alora_offsets` (rows,), see
+    `jpeft.alora_offsets`. An array is for all adapters that ask for it, a dict {adapter: array} for each its own.
+    Raises TypeError if `rng` is not a PRNG key, or for a name that no adapter asks for, and ValueError for indices or
+    names that the parameters do not have, and for arrays of another form or of another number of rows.
 
     >>> import jax, jpeft
     >>> params = {"dense": {"kernel": jax.numpy.ones((4, 4))}}
@@ -32,4 +39,28 @@ def with_context(params: PeftParams, *, rng: jax.Array | None = None, adapter_in
         context["rng"] = Rng.of(rng)
     if adapter_indices is not None:
         context["adapter_indices"] = indices_of(params, adapter_indices)
+    given = {name: value for name, value in row_inputs.items() if value is not None}
+    asked = row_inputs_of(params) if given else {}
+    for name, value in given.items():
+        if name not in asked:
+            known = ", ".join(["rng", "adapter_indices", *asked])
+            raise TypeError(f"no adapter asks for {name}; expected one of: {known}")
+        context[name] = _read(params, name, value, asked[name])
+    _check_rows(context)
     return dataclasses.replace(params, context=context)
+
+
+def _read(params: PeftParams, name: str, value: Any, asked: RowInput) -> Any:
+    if not isinstance(value, Mapping):
+        return asked.read(value)
+    unknown = [adapter for adapter in value if adapter not in params.adapters]
+    if unknown:
+        raise ValueError(f"{name} are for {unknown}; expected adapters among: {', '.join(params.adapters)}")
+    return {adapter: asked.read(own) for adapter, own in value.items()}
+
+
+def _check_rows(context: Mapping[str, Any]) -> None:
+    of_rows = {name: jax.tree.leaves(value) for name, value in context.items() if name != "rng"}
+    counts = {name: sorted({array.shape[0] for array in arrays}) for name, arrays in of_rows.items()}
+    if len({count for own in counts.values() for count in own}) > 1:
+        raise ValueError(f"the context is for batches of another number of rows each: {counts}; expected one number")

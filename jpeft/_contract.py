@@ -13,9 +13,9 @@ There are three ways to write one, from the least code to the most freedom:
     additive   delta(p, site) -> array of W's shape
     general    forward(p, x, base, site, context) -> y  and  merge(p, w, b, site) -> (w, b)
 
-`p` holds the arrays that `init` returned, and `p["scaling"]`. `context` holds "config", and in training, if the method
-asks for it, "rng": a key for this one use of the module. A method of the first kind never has its change
-of W built; the engine multiplies with the factors.
+`p` holds the arrays that `init` returned, and `p["scaling"]`. `context` holds "config", what the method asks for of
+each row of the batch (`row_inputs`), and in training, if it asks for it, "rng": a key for this one use of the module.
+A method of the first kind never has its change of W built; the engine multiplies with the factors.
 """
 
 import dataclasses
@@ -26,7 +26,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from ._config import PeftConfig, PeftType
+from ._config import FrozenMapping, PeftConfig, PeftType
+from ._paths import fold_in_name as fold_in_name
 
 Arrays = Mapping[str, jax.Array]
 
@@ -83,40 +84,72 @@ class Base:
 
     `base.apply(x, kernel)` is the same operation (product, convolution, lookup) with another canonical kernel
     `(in, *window, features)`. `base.project(a)` contracts rows `a (rank, in, *window)` with the base weight itself,
-    whatever other adapters act on it: `(rank, out)`, float32 or wider.
+    whatever other adapters act on it: `(rank, out)`, float32 or wider. `base.weight()` is that weight, canonical.
     """
 
     call: Callable[[jax.Array], jax.Array]
     apply: Callable[[jax.Array, jax.Array], jax.Array]
     project: Callable[[jax.Array], jax.Array]
+    weight: Callable[[], jax.Array]
 
     def __call__(self, x: jax.Array) -> jax.Array:
         return self.call(x)
 
 
 Init = Callable[[jax.Array, Site, Any, Callable[[], jax.Array]], dict[str, jax.Array]]
+Together = Callable[
+    [jax.Array, Mapping[str, Site], Any, Mapping[str, Callable[[], jax.Array]]],
+    tuple[dict[str, jax.Array], dict[str, dict[str, jax.Array]]],
+]
+Uses = Callable[[Mapping[str, Site], Any], Mapping[str, Mapping[str, str]]]
+Derive = Callable[[Arrays, Site, Any, Callable[[], jax.Array]], dict[str, jax.Array]]
 Factors = Callable[[Arrays, Site], tuple[jax.Array, jax.Array]]
 Forward = Callable[[Arrays, jax.Array, Base, Site, Mapping[str, Any]], jax.Array]
 Merge = Callable[[Arrays, jax.Array, jax.Array | None, Site], tuple[jax.Array, jax.Array | None]]
 
 
 @dataclasses.dataclass(frozen=True)
+class RowInput:
+    """What a call brings a method for each row of its batch, besides x.
+
+    read(value) -> array (rows, ...), from what `with_context` was given; raises ValueError for what is no such array.
+    plain: the entry of a row with which the method is the plain one of its config class; None if there is none.
+    """
+
+    read: Callable[[Any], jax.Array]
+    plain: Any = None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Method:
     """A method as a value: its config class, its initial arrays, and its mathematics.
 
     init(key, site, config, weight) -> {name: array}; weight() is the canonical W, built on demand.
+    Its arrays' shapes may depend on the number of the site's layer by a pattern of the config (`..._pattern`) alone.
     scaling(site, config) -> float. dropout(config) -> rate in [0, 1).
     frozen: names of arrays that do not train. derived: names of arrays that do not train either and follow from the
-    weight that is adapted: files do not hold them, `init` makes them anew, whatever its key is. kinds: the kinds of
-    module that it can act on.
+    weight that is adapted: files do not hold them, `derive`, or without one `init`, whatever its key is, makes them
+    anew. unsaved(config): names of other arrays that files of this config do not hold, as they follow from the config
+    alone. precious: names of derived or unsaved arrays that another machine may make otherwise: they are
+    kept in a file of our own beside PEFT's. A name stands for those that begin with it and a dot, too.
+    kinds: the kinds of module that it can act on.
+    together(key, sites, config, weights) -> (shared, {path: {name: array}}), instead of `init`, for a method whose
+    modules depend on one another: sites and weights by path, single modules in PyTorch's order; `shared` holds arrays
+    that many modules use. uses(sites, config) -> {path: {name in p: name in shared}}; None: all, by their own names.
+    derive(p, site, config, weight) -> {name: array}: the derived arrays, of all the others.
     changes_bias: whether merge returns another bias. needs_base: whether merge is to get the base weight itself as
-    `p["base"]`, beside `w`, into which other adapters may have been merged.
+    `p["base"]`, beside `w`, into which other adapters may have been merged; needs_config: whether it is to get the
+    config as `p["config"]`, for what the arrays' shapes do not tell.
     noisy(config): whether training needs a key besides that for dropout.
-    tied(p, x, y, site): what y = x Wᵀ becomes where a model uses a table as its output layer; None: what it is.
+    by_path: whether the shapes that init gives depend on more of the module's path than the patterns of the config.
+    linear: whether forward is linear in x; where it is not, products with the transposed weight are refused.
+    Where a model uses a table as its output layer, too: ties(config): whether the factors of the table act there;
+    tied(p, x, y, site), without them: what y = x Wᵀ becomes; None: what it is.
+    row_inputs: {name: RowInput} that a call has to bring; a `forward` without factors finds the arrays in `context`.
     """
 
     config: type[PeftConfig]
-    init: Init
+    init: Init | None = None
     merge: Merge
     forward: Forward
     factors: Factors | None = None
@@ -125,15 +158,41 @@ class Method:
     kinds: frozenset[str] = frozenset({LINEAR})
     frozen: frozenset[str] = frozenset()
     derived: frozenset[str] = frozenset()
+    unsaved: Callable[[Any], frozenset[str]] = lambda config: frozenset()
+    precious: frozenset[str] = frozenset()
+    together: Together | None = None
+    uses: Uses | None = None
+    derive: Derive | None = None
     changes_bias: bool = False
     needs_base: bool = False
+    needs_config: bool = False
     noisy: Callable[[Any], bool] = lambda config: False
+    by_path: bool = False
+    linear: bool = True
+    ties: Callable[[Any], bool] = lambda config: False
     tied: Callable[[Arrays, jax.Array, jax.Array, Site], jax.Array] | None = None
+    row_inputs: Mapping[str, RowInput] = FrozenMapping()
 
     @property
     def fixed(self) -> frozenset[str]:
         """Names of all arrays that do not train."""
         return self.frozen | self.derived
+
+    def trains(self, name: str) -> bool:
+        """Whether the array of this name trains."""
+        return not _among(name, self.fixed)
+
+    def in_files(self, name: str, config: Any) -> bool:
+        """Whether PEFT's files hold the array of this name."""
+        return not _among(name, self.derived | self.unsaved(config))
+
+    def is_kept_apart(self, name: str, config: Any) -> bool:
+        """Whether the array of this name is kept in a file of our own beside PEFT's."""
+        return _among(name, self.precious) and not self.in_files(name, config)
+
+
+def _among(name: str, names: frozenset[str]) -> bool:
+    return name in names or name.partition(".")[0] in names
 
 
 def low_rank(*, factors: Factors, **fields: Any) -> Method:
@@ -152,7 +211,7 @@ def additive(*, delta: Callable[[Arrays, Site], jax.Array], **fields: Any) -> Me
 
     def forward(p: Arrays, x: jax.Array, base: Base, site: Site, context: Mapping[str, Any]) -> jax.Array:
         y = base(x)
-        return y + base.apply(x, delta(p, site)).astype(y.dtype)
+        return y + base.apply(dropped(x, context), delta(p, site)).astype(y.dtype)
 
     def merge(p: Arrays, w: jax.Array, b: jax.Array | None, site: Site) -> tuple[jax.Array, jax.Array | None]:
         change = delta(p, site)
@@ -211,11 +270,25 @@ def method_of(config: PeftConfig) -> Method:
     return found
 
 
+def merged(
+    method: Method, config: Any, p: Arrays, w: jax.Array, b: jax.Array | None, site: Site
+) -> tuple[jax.Array, jax.Array | None]:
+    """The weight and the bias that a method merges into these, with what it asks for besides its arrays."""
+    asked = {"config": config} if method.needs_config else {}
+    return method.merge({**p, **asked}, w, b, site)
+
+
 def is_plain(method: Method) -> bool:
     """Whether a method is the one of its config class that means no variant of it."""
     return any(known is method and applies is _always for applies, known in _METHODS.get(method.config, ()))
 
 
+def config_classes() -> dict[PeftType, type[PeftConfig]]:
+    """The config classes of the methods that PEFT has, by PEFT's names for them."""
+    kinds = {cls: cls.__dataclass_fields__["peft_type"].default for cls in _METHODS}
+    return {kind: cls for cls, kind in kinds.items() if kind is not None}
+
+
 def config_class(peft_type: PeftType) -> type[PeftConfig]:
     """The config class of a method by PEFT's name for it, for code that makes adapters of that method."""
-    return next(cls for cls in _METHODS if cls.__dataclass_fields__["peft_type"].default == peft_type)
+    return config_classes()[peft_type]

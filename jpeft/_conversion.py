@@ -6,6 +6,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
+from ._contract import Site
 from ._params import Adapter, PeftParams
 from ._wrap import checked_names, checked_params
 
@@ -37,10 +38,16 @@ def keeps_initial_values(adapter: Adapter) -> bool:
 
 
 def plain_lora(adapter: Adapter, initial: Mapping[str, Mapping[str, Any]] | None = None) -> Adapter:
-    """The adapter as plain LoRA. initial: {module path: {"lora_A", "lora_B": array}} to use as its initial factors."""
-    if not keeps_initial_values(adapter):
+    """The adapter as plain LoRA of its change since initial factors: those that it keeps, or `initial`.
+
+    initial: {module path: {"lora_A", "lora_B": array}}. Without it, an adapter that keeps none comes back as it is.
+    """
+    if initial is None and not keeps_initial_values(adapter):
         return adapter
-    weights = {path: _doubled(arrays, (initial or {}).get(path)) for path, arrays in adapter.weights.items()}
+    weights = {
+        path: _doubled(arrays, (initial or {}).get(path), adapter.sites[path])
+        for path, arrays in adapter.weights.items()
+    }
     config: Any = adapter.config
     factor = 2**0.5 if config.use_rslora else 2
     config = dataclasses.replace(
@@ -56,21 +63,21 @@ def plain_lora(adapter: Adapter, initial: Mapping[str, Mapping[str, Any]] | None
     return dataclasses.replace(adapter, weights=weights, config=config)
 
 
-def _doubled(arrays: Mapping[str, Any], initial: Mapping[str, Any] | None) -> dict[str, Any]:
-    if not INITIAL.keys() <= arrays.keys():
+def _doubled(arrays: Mapping[str, Any], initial: Mapping[str, Any] | None, site: Site) -> dict[str, Any]:
+    if initial is None and not INITIAL.keys() <= arrays.keys():
         # A lookup table in such an adapter is plain already, but has to be of the rank that the config now says.
         return {
-            name: jnp.concatenate([array, jnp.zeros_like(array)], axis=_rank_axis(name))
+            name: jnp.concatenate([array, jnp.zeros_like(array)], axis=_rank_axis(name, site))
             for name, array in arrays.items()
         }
     first = {ours: arrays[name] for name, ours in INITIAL.items()} if initial is None else initial
     a, b = arrays["lora_A"], arrays["lora_B"]
     a0, b0 = jnp.asarray(first["lora_A"], a.dtype), jnp.asarray(first["lora_B"], b.dtype)
     return {
-        "lora_A": jnp.concatenate([a, a0], axis=_rank_axis("lora_A")),
-        "lora_B": jnp.concatenate([b, -b0], axis=_rank_axis("lora_B")),
+        "lora_A": jnp.concatenate([a, a0], axis=_rank_axis("lora_A", site)),
+        "lora_B": jnp.concatenate([b, -b0], axis=_rank_axis("lora_B", site)),
     }
 
 
-def _rank_axis(name: str) -> int:
-    return -2 if name.endswith("A") else -1
+def _rank_axis(name: str, site: Site) -> int:
+    return len(site.stack) + (0 if name.endswith("A") else 1)

@@ -47,7 +47,7 @@ def convert_to_lora(
     check_name(new_name, wrapped.adapters)
     adapter = wrapped.adapters[name]
     _check_rank(rank, adapter.sites)
-    _check_convertible(name, adapter)
+    check_convertible(name, adapter)
     leaves = leaves_by_path(wrapped.base)
     weights, ranks = {}, {}
     with jax.default_matmul_precision("highest"):
@@ -77,7 +77,7 @@ def _check_rank(rank: Any, sites: Mapping[str, Site]) -> None:
             raise ValueError(f"rank is {rank}, but the weight of {path!r} has rank {largest_rank(site)} at most")
 
 
-def _check_convertible(name: str, adapter: Adapter) -> None:
+def check_convertible(name: str, adapter: Adapter) -> None:
     method, bias = method_of(adapter.config), getattr(adapter.config, "bias", "none")
     if bias != "none":
         raise ValueError(f"adapter {name!r} has bias={bias!r}; expected 'none', for LoRA would lose its trained biases")
@@ -167,7 +167,7 @@ def reduce_intruder_dimension(
     (name,) = checked_names(checked_params(wrapped), old_adapter_name)
     check_name(new_adapter_name, wrapped.adapters)
     adapter = wrapped.adapters[name]
-    _check_convertible(name, adapter)
+    check_convertible(name, adapter)
     if not is_plain_lora(adapter.config):
         raise TypeError(f"adapter {name!r} has a {type(adapter.config).__name__}; expected plain LoRA")
     leaves = leaves_by_path(wrapped.base)

@@ -216,15 +216,19 @@ def _put(what: str, path: str, slot: Any, new: Any) -> Any:
             f"{what}: {path!r} has the shape {tuple(new.shape)}, the slot's {tuple(slot.shape)}; expected at most that "
             "rank: make room with jpeft.prepare_for_hotswap(wrapped, name, rank=...) before compiling"
         )
-    with jax.numpy_dtype_promotion("standard"):
-        common = jnp.promote_types(new.dtype, slot.dtype)
-    if common != slot.dtype:
+    if new.dtype != slot.dtype and _wider(new.dtype, slot.dtype) != slot.dtype:
         raise ValueError(f"{what}: {path!r} is {new.dtype}, the slot's {slot.dtype}; expected a dtype no wider")
     if isinstance(new, jax.ShapeDtypeStruct):
         return jax.ShapeDtypeStruct(slot.shape, slot.dtype)
-    array = padded(jnp.asarray(new).astype(slot.dtype), tuple(slot.shape))
+    same = isinstance(new, jax.Array) and new.dtype == slot.dtype
+    array = padded(new if same else jnp.asarray(new).astype(slot.dtype), tuple(slot.shape))
     placed = isinstance(slot, jax.Array) and not isinstance(slot, Tracer) and slot.committed
     return jax.device_put(array, slot.sharding) if placed else array
+
+
+def _wider(first: Any, second: Any) -> Any:
+    with jax.numpy_dtype_promotion("standard"):
+        return jnp.promote_types(first, second)
 
 
 def _has_values(tree: Any) -> bool:
@@ -246,6 +250,7 @@ def _shapes(method: Method, config: Any, site: Site, rank: int) -> Mapping[str, 
     own = dataclasses.replace(config, r=rank, rank_pattern={})
 
     def init(key: jax.Array) -> dict[str, jax.Array]:
+        assert method.init is not None
         return method.init(key, site, own, lambda: jnp.zeros((site.in_features, *site.window, site.out_features)))
 
     return {name: tuple(array.shape) for name, array in jax.eval_shape(init, key).items()}

@@ -1,5 +1,6 @@
 """Adapters merged into the parameters: a tree like the base that needs no adapters any more."""
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -8,7 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-from ._contract import Arrays, Method, Site, method_of, wide_dtype
+from ._arrays import arrays_at, over_stack
+from ._contract import Arrays, Merge, Site, merged as one_merged, method_of, wide_dtype
 from ._params import PeftParams
 from ._paths import leaf_path, leaves_by_path
 from ._sites import bias_layout, bias_sizes, canonical, restored
@@ -37,18 +39,19 @@ def merge(wrapped: PeftParams, *, adapter_names: str | Sequence[str] | None = No
         changed.update(wrapped.adapters[name].replaced)
     for adapter in (wrapped.adapters[name] for name in names):
         for path, site in adapter.sites.items():
-            p = {**adapter.weights[path], "scaling": adapter.scaling[path]}
+            p, alike = arrays_at(adapter, path)
             weight = changed.get(site.leaf, leaves[site.leaf])
             bias = None if site.bias is None else changed.get(site.bias, leaves[site.bias])
             method = method_of(adapter.config)
             own = leaves[site.leaf] if method.needs_base else None
-            changed[site.leaf], merged_bias = _merged(p, weight, bias, own, site, method)
+            into = functools.partial(one_merged, method, adapter.config)
+            changed[site.leaf], merged_bias = _merged(p, alike, weight, bias, own, site, into)
             if site.bias is not None:
                 changed[site.bias] = merged_bias
     for part in (part for name in names for part in wrapped.adapters[name].rows.values()):
         weight = changed.get(part.site.leaf, leaves[part.site.leaf])
-        own = {"rows": part.values}
-        changed[part.site.leaf], _ = _merged(own, weight, None, None, part.site, row_method(part.indices))
+        own, method = {"rows": part.values}, row_method(part.indices)
+        changed[part.site.leaf], _ = _merged(own, frozenset(), weight, None, None, part.site, method.merge)
     for path, leaf in changed.items() if safe else ():
         _check_finite(path, leaf)
 
@@ -59,7 +62,9 @@ def merge(wrapped: PeftParams, *, adapter_names: str | Sequence[str] | None = No
     return jax.tree_util.tree_map_with_path(chosen, wrapped.base)
 
 
-def _merged(p: Arrays, weight: Any, bias: Any, own: Any, site: Site, method: Method) -> tuple[Any, Any]:
+def _merged(
+    p: Arrays, alike: frozenset[str], weight: Any, bias: Any, own: Any, site: Site, merge_into: Merge
+) -> tuple[Any, Any]:
     """The merged weight and bias. own: the base's weight, if the method asks for it."""
     if not jnp.issubdtype(weight.dtype, jnp.inexact):
         raise ValueError(f"cannot merge into {site.leaf!r}: its dtype is {weight.dtype}; expected a floating-point one")
@@ -72,13 +77,12 @@ def _merged(p: Arrays, weight: Any, bias: Any, own: Any, site: Site, method: Met
         b = None if bias is None else canonical(jnp.reshape(bias, bias_sizes(site)), bias_layout(site)).astype(wide)
 
         def one(p: Arrays, w: jax.Array, b: jax.Array | None) -> tuple[jax.Array, jax.Array | None]:
-            return method.merge(p, w, b, site)
+            return merge_into(p, w, b, site)
 
-        for _ in site.stack:
-            one = jax.vmap(one)
+        function = over_stack(one, site, alike, 0, 0)
         # A product that the hardware rounds to bfloat16 would be kept for good here.
         with jax.default_matmul_precision("highest"):
-            w, b = one({name: cast_floating(array, wide) for name, array in p.items()}, w, b)
+            w, b = function({name: cast_floating(array, wide) for name, array in p.items()}, w, b)
         w = restored(w, site.layout, site.shape).astype(dtype)
         if bias is None or b is None:
             return w, bias

@@ -5,6 +5,7 @@ picks its own factors, and the base weights, which all rows share, keep their on
 """
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,7 +15,7 @@ import numpy as np
 from jax.core import Tracer
 
 from ._config import FrozenMapping, PeftConfig, TunerConfig
-from ._contract import Method, Site, method_of, register
+from ._contract import Method, RowInput, Site, is_plain, method_of, register
 from ._params import Adapter, PeftParams, Rng, Sites
 from ._paths import leaves_by_path
 from ._ranks import check_zeros_are_nothing, cut, largest, padded
@@ -158,12 +159,21 @@ def indices_of(mixed: PeftParams, rows: Any) -> jax.Array:
     return indices.astype(jnp.int32)
 
 
+def row_inputs_of(wrapped: PeftParams) -> dict[str, RowInput]:
+    """What the adapters ask for, besides x, for each row of a batch: {name: how it is read}."""
+    configs = [adapter.config for adapter in checked_params(wrapped).adapters.values()]
+    found: dict[str, RowInput] = {}
+    for config in configs:
+        found.update(method_of(config.row if isinstance(config, MixedConfig) else config).row_inputs)
+    return found
+
+
 def is_mixed(wrapped: PeftParams) -> bool:
     return _mixture(wrapped) is not None
 
 
 def with_rows(wrapped: PeftParams, rows: int) -> PeftParams:
-    """A mixture for a batch in which each row was repeated, as beam search does; other parameters as they are.
+    """Parameters for a batch in which each row was repeated, as beam search does: so is what the context has of rows.
 
     Raises ValueError if `rows` is no multiple of the rows that the context has.
 
@@ -173,16 +183,21 @@ def with_rows(wrapped: PeftParams, rows: int) -> PeftParams:
     >>> with_rows(mixed, 4).context["adapter_indices"].tolist()
     [0, 0, -1, -1]
     """
-    indices = wrapped.context.get("adapter_indices")
-    if indices is None or indices.shape[0] == rows:
-        return wrapped
-    if rows % indices.shape[0]:
+    context = {
+        name: value if name == "rng" else jax.tree.map(functools.partial(_repeated, name, rows), value)
+        for name, value in wrapped.context.items()
+    }
+    return dataclasses.replace(wrapped, context=context)
+
+
+def _repeated(name: str, rows: int, array: jax.Array) -> jax.Array:
+    count = array.shape[0]
+    if rows % count:
         raise ValueError(
-            f"adapter_indices are for {indices.shape[0]} rows, the batch has {rows}; expected as many, or a multiple "
-            "of them in which each row is repeated"
+            f"{name} are for {count} rows, the batch has {rows}; expected as many, or a multiple of them in which each "
+            "row is repeated"
         )
-    repeated = jnp.repeat(indices, rows // indices.shape[0])
-    return dataclasses.replace(wrapped, context={**wrapped.context, "adapter_indices": repeated})
+    return array if rows == count else jnp.repeat(array, rows // count, axis=0)
 
 
 def row_params(mixed: PeftParams, index: jax.Array, row: Any) -> PeftParams:
@@ -210,11 +225,29 @@ def row_params(mixed: PeftParams, index: jax.Array, row: Any) -> PeftParams:
         scaling=jax.tree.map(pick, mixture.scaling),
         config=_config(mixture).row,
     )
-    context = {}
+    context: dict[str, Any] = {
+        name: _entry_of_row(
+            mixed.context[name], index, row, asked, [name in method_of(p.config).row_inputs for p in parts]
+        )
+        for name, asked in row_inputs_of(mixed).items()
+        if name in mixed.context
+    }
     if "rng" in mixed.context:
         _check_dropout(parts)
         context["rng"] = Rng.of(jax.random.fold_in(mixed.context["rng"].key(), row))
     return dataclasses.replace(mixed, adapters={MIXED: adapter}, context=context)
+
+
+def _entry_of_row(given: Any, index: jax.Array, row: Any, asked: RowInput, who: Sequence[bool]) -> Any:
+    """What one row has of a row input, as a batch of one. who: which adapters ask for it; the others are plain."""
+
+    def entry(array: jax.Array) -> jax.Array:
+        own = jax.lax.dynamic_index_in_dim(array, row, keepdims=True)
+        return (
+            own if all(who) else jnp.where(jnp.asarray([*who, True])[index], own, jnp.asarray(asked.plain, own.dtype))
+        )
+
+    return jax.tree.map(entry, given)
 
 
 def _mixture(wrapped: PeftParams) -> Adapter | None:
@@ -228,9 +261,10 @@ def _config(mixture: Adapter) -> MixedConfig:
 
 
 def _check(name: str, adapter: Adapter, leaves: dict[str, Any], adapters: dict[str, Adapter]) -> None:
-    check_zeros_are_nothing(name, adapter, "a mixed batch")
-    first = next(iter(adapters))
-    if method_of(adapter.config) is not method_of(adapters[first].config):
+    if not _plain_in_some_rows(method_of(adapter.config)):
+        check_zeros_are_nothing(name, adapter, "a mixed batch")
+    first, config = next(iter(adapters)), _row_config(adapters)
+    if type(adapter.config) is not type(config) or not _is_one_of(adapter.config, config):
         raise ValueError(f"adapters {first!r} and {name!r} are of different methods; expected one method in a mixture")
     if adapter.config.inference_mode != adapters[first].config.inference_mode:
         trains = {n: not a.config.inference_mode for n, a in adapters.items()}
@@ -274,12 +308,24 @@ def _part(name: str, adapter: Adapter) -> Part:
 
 
 def _row_config(adapters: dict[str, Adapter]) -> PeftConfig:
-    first = next(iter(adapters.values())).config
+    configs = [adapter.config for adapter in adapters.values()]
+    # A variant that can be told row by row to be the plain method stands for the plain ones, too.
+    first = next((config for config in configs if _plain_in_some_rows(method_of(config))), configs[0])
     if not isinstance(first, TunerConfig):
         return first
     # It decides which full copies are those of lookup tables.
     saved = dict.fromkeys(name for a in adapters.values() for name in getattr(a.config, "modules_to_save", None) or ())
     return dataclasses.replace(first, modules_to_save=tuple(saved) or None)
+
+
+def _plain_in_some_rows(method: Method) -> bool:
+    return bool(method.row_inputs) and all(asked.plain is not None for asked in method.row_inputs.values())
+
+
+def _is_one_of(config: PeftConfig, row: PeftConfig) -> bool:
+    """Whether an adapter of one config can be a row of a mixture that computes by another."""
+    method, other = method_of(config), method_of(row)
+    return method is other or (is_plain(method) and _plain_in_some_rows(other))
 
 
 def _check_dropout(parts: Sequence[Part]) -> None:

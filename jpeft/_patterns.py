@@ -1,7 +1,7 @@
 """How names and regular expressions select modules: PEFT's three matching rules."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from ._stacks import layer_paths, spelled_layers
@@ -54,13 +54,28 @@ def value_for(path: str, pattern: Mapping[str, Any], default: Any) -> Any:
     >>> value_for("encoder.layer.11.query", {r"layer\\.1\\d\\.query": 16, "query": 4}, 8)
     16
     """
+
+    def of_layer(layer: str) -> Any:
+        return next((value for key, value in pattern.items() if key_matches(layer, key)), default)
+
+    return same_for_layers(path, of_layer, f"the pattern {dict(pattern)!r}")
+
+
+def same_for_layers(path: str, of_layer: Callable[[str], Any], what: str) -> Any:
+    """The value that a function gives each layer of a stack, or the one module that a path is otherwise.
+
+    what: what gives the values, for the message. Raises ValueError for layers of one stack that have different values.
+
+    >>> same_for_layers("layers.0:2.up", lambda path: path.endswith("up"), "feedforward_modules")
+    True
+    """
     layers = layer_paths(path) or [path]
-    values = [next((value for key, value in pattern.items() if key_matches(layer, key)), default) for layer in layers]
+    values = [of_layer(layer) for layer in layers]
     if any(value != values[0] for value in values):
         of = {value: [layer for layer, own in zip(layers, values, strict=True) if own == value] for value in values}
         given = "; ".join(f"{value!r} to {spelled_layers(path, own)}" for value, own in of.items())
         raise ValueError(
-            f"the pattern {dict(pattern)!r} gives different values to the layers of the stack {path!r}: {given}. "
+            f"{what} gives different values to the layers of the stack {path!r}: {given}. "
             "Layers stacked in one leaf are adapted alike: load the model with scan_layers=False, or give all layers "
             "of the stack the same value"
         )

@@ -8,6 +8,7 @@ stack is decided about its layers, by their own paths, and has to be the same fo
 import dataclasses
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import product
 from typing import Any, TypeVar
 
 import numpy as np
@@ -39,10 +40,22 @@ def layer_paths(path: str) -> list[str] | None:
     >>> layer_paths("layers.1:6:2.norm.scale")
     ['layers.1.norm.scale', 'layers.3.norm.scale', 'layers.5.norm.scale']
     """
-    place = _place(path)
-    if place is None:
-        return None
-    return [_renamed(path, place, str(number)) for number in _numbers(path)]
+    return None if _place(path) is None else list(placed_layers(path).values())
+
+
+def placed_layers(path: str) -> dict[tuple[int, ...], str]:
+    """The paths of the single layers that a path stands for, by their places in its stacks; `()` if it is in none.
+
+    >>> placed_layers("layers.1:4:2.kernel"), placed_layers("norm.scale")
+    ({(0,): 'layers.1.kernel', (1,): 'layers.3.kernel'}, {(): 'norm.scale'})
+    """
+    names = path.split(".")
+    stacks = {at: numbers for at, name in enumerate(names) if (numbers := stacked_numbers(name)) is not None}
+    paths = {}
+    for places in product(*(range(len(numbers)) for numbers in stacks.values())):
+        named = {at: str(numbers[place]) for (at, numbers), place in zip(stacks.items(), places, strict=True)}
+        paths[places] = ".".join(named.get(at, name) for at, name in enumerate(names))
+    return paths
 
 
 def _place(path: str) -> int | None:

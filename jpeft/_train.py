@@ -38,14 +38,14 @@ def trainable_mask(wrapped: PeftParams) -> PeftParams:
 
 
 def _adapter_mask(adapter: Adapter, active: bool) -> Adapter:
-    trains, frozen = active and not adapter.config.inference_mode, method_of(adapter.config).fixed
+    trains, method = active and not adapter.config.inference_mode, method_of(adapter.config)
     return dataclasses.replace(
         adapter,
         weights={
-            path: {name: _filled(array, trains and name not in frozen) for name, array in arrays.items()}
+            path: {name: _filled(array, trains and method.trains(name)) for name, array in arrays.items()}
             for path, arrays in adapter.weights.items()
         },
-        shared={name: _filled(array, trains and name not in frozen) for name, array in adapter.shared.items()},
+        shared={name: _filled(array, trains and method.trains(name)) for name, array in adapter.shared.items()},
         replaced=_filled(adapter.replaced, trains),
         rows=_filled(adapter.rows, trains),
         scaling=_filled(adapter.scaling, False),
@@ -205,11 +205,11 @@ def _size(leaf: Any) -> int:
 
 
 def _size_beside(adapter: Adapter) -> int:
-    frozen = method_of(adapter.config).fixed
+    method = method_of(adapter.config)
     arrays = [item for own in (*adapter.weights.values(), adapter.shared) for item in own.items()]
     copies = [leaf for path, leaf in adapter.replaced.items() if not _is_bias_alone(path, adapter)]
     copies += jax.tree.leaves(adapter.rows)
-    return sum(_size(array) for name, array in arrays if name not in frozen) + sum(map(_size, copies))
+    return sum(_size(array) for name, array in arrays if method.trains(name)) + sum(map(_size, copies))
 
 
 def _is_bias_alone(path: str, adapter: Adapter) -> bool:

@@ -1,13 +1,16 @@
 """Adapters beside a parameter tree: put there, chosen among and taken off again."""
 
 import dataclasses
+import functools
 import math
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from ._arrays import initial_together, with_derivation
 from ._config import PeftConfig, TunerConfig
 from ._contract import Method, Site, method_of
 from ._params import Adapter, PeftParams, Sites, is_peft_params
@@ -67,22 +70,13 @@ def wrap(
     tokens = token_sites(found, config)
     check_tables(tokens, sites, replaced)
 
-    def initial(key: jax.Array, weights: Mapping[str, Any]) -> dict[str, dict[str, jax.Array]]:
-        return {path: _initial_layers(key, weights[path], site, method, config, dtype) for path, site in sites.items()}
-
     adapted = {path: leaves[site.leaf] for path, site in sites.items()}
     abstract = any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in leaves.values())
-    scaling = {path: (site.stack, method.scaling(site, config)) for path, site in sites.items()}
-    adapter = Adapter(
-        weights=jax.eval_shape(initial, key, adapted) if abstract else initial(key, adapted),
-        shared={},
+    begin = _abstract_adapter if abstract else initial_adapter
+    adapter = begin(key, adapted, Sites(sites), config, dtype)
+    adapter = dataclasses.replace(
+        adapter,
         replaced=replaced,
-        scaling={
-            path: jax.ShapeDtypeStruct(stack, jnp.float32) if abstract else jnp.full(stack, value, jnp.float32)
-            for path, (stack, value) in scaling.items()
-        },
-        config=config,
-        sites=Sites(sites),
         rows={site.leaf: initial_rows(leaves[site.leaf], site, rows, dtype) for site, rows in tokens.values()},
     )
     active = wrapped.active if wrapped.adapters else (adapter_name,)
@@ -139,6 +133,78 @@ def _said(config: TunerConfig, *fields: str, verb: str) -> str:
     return f"{', '.join(f'{k}={v!r}' for k, v in values.items() if v not in (None, (), 'none'))} {verb}"
 
 
+def initial_adapter(key: jax.Array, leaves: Mapping[str, Any], sites: Sites, config: Any, dtype: Any) -> Adapter:
+    """A new adapter of these sites, without replaced leaves. leaves: {site path: the base leaf}."""
+    method = method_of(config)
+    # First, as it refuses layers of a stack that a pattern treats differently.
+    scaling = {path: jnp.full(site.stack, method.scaling(site, config), jnp.float32) for path, site in sites.items()}
+    if method.together is not None:
+        weights, shared = initial_together(method, key, sites, leaves, config)
+    else:
+        weights, shared = {}, {}
+        for path, site in sites.items():
+            weights[path] = _initial_layers(key, leaves[path], site, method, config, dtype)
+    weights, shared = jax.tree.map(functools.partial(cast_floating, dtype=dtype), (weights, shared))
+    return with_derivation(Adapter(weights, shared, {}, scaling, config, sites), leaves)
+
+
+def _abstract_adapter(key: jax.Array, leaves: Mapping[str, Any], sites: Sites, config: Any, dtype: Any) -> Adapter:
+    """What `initial_adapter` gives, without values; one module stands for all that have arrays of the same shapes."""
+    kinds = _kinds(sites, leaves, config)
+    firsts: dict[Hashable, str] = {}
+    for path, kind in kinds.items():
+        firsts.setdefault(kind, path)
+    own = Sites({path: sites[path] for path in firsts.values()})
+    begin = functools.partial(initial_adapter, sites=own, config=config, dtype=dtype)
+    adapter = jax.eval_shape(begin, key, {path: leaves[path] for path in own})
+    return dataclasses.replace(
+        adapter,
+        weights={path: dict(adapter.weights[firsts[kind]]) for path, kind in kinds.items()},
+        scaling={path: adapter.scaling[firsts[kind]] for path, kind in kinds.items()},
+        sites=sites,
+    )
+
+
+def _kinds(sites: Sites, leaves: Mapping[str, Any], config: Any) -> dict[str, Hashable]:
+    """{site path: what is equal for modules that differ in the number of their layer alone}."""
+    patterns = [getattr(config, field.name) for field in dataclasses.fields(config) if field.name.endswith("_pattern")]
+    method, patterned = method_of(config), any(isinstance(pattern, Mapping) and pattern for pattern in patterns)
+    if method.together is not None or method.by_path or patterned:
+        return {path: path for path in sites}
+    return {
+        path: (
+            re.sub(r"(?<![^.])\d+(?![^.])", "#", path),
+            (site.layout, site.shape, site.dtype, site.bias is None),
+            getattr(leaves[path], "sharding", None),
+        )
+        for path, site in sites.items()
+    }
+
+
+def completed(adapter: Adapter, planned: Adapter, leaves: Mapping[str, Any], dtype: Any = jnp.float32) -> Adapter:
+    """An adapter with the arrays that files do not hold made anew; abstract ones if the base is.
+
+    planned: the same adapter with all of its arrays. leaves: {leaf path: array} of the base.
+    """
+    adapted = {path: leaves[site.leaf] for path, site in adapter.sites.items()}
+    lacks = {path: arrays.keys() - adapter.weights[path].keys() for path, arrays in planned.weights.items()}
+    lacks_shared = planned.shared.keys() - adapter.shared.keys()
+    if not lacks_shared and not any(lacks.values()):
+        return adapter
+
+    def made_anew(leaves: Mapping[str, Any]) -> tuple[dict[str, dict[str, Any]], dict[str, Any]]:
+        fresh = initial_adapter(jax.random.key(0), leaves, adapter.sites, adapter.config, dtype)
+        own = {path: {name: fresh.weights[path][name] for name in names} for path, names in lacks.items()}
+        return own, {name: fresh.shared[name] for name in lacks_shared}
+
+    abstract = any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in adapted.values())
+    own, shared = jax.eval_shape(made_anew, adapted) if abstract else jax.jit(made_anew)(adapted)
+    weights = {path: {**arrays, **own[path]} for path, arrays in adapter.weights.items()}
+    found = dataclasses.replace(adapter, weights=weights, shared={**adapter.shared, **shared})
+    derived = functools.partial(with_derivation, lacking=lacks)
+    return jax.eval_shape(derived, found, adapted) if abstract else derived(found, adapted)
+
+
 def _initial_layers(
     key: jax.Array, leaf: Any, site: Site, method: Method, config: Any, dtype: Any
 ) -> dict[str, jax.Array]:
@@ -150,23 +216,13 @@ def _initial_layers(
         _initial(fold_in_name(key, layer.path), leaf, layer, method, config, dtype, index)
         for index, layer in enumerate(layers)
     ]
+    shapes = {layer.path: jax.tree.map(jnp.shape, arrays) for layer, arrays in zip(layers, drawn, strict=True)}
+    if any(own != shapes[layers[0].path] for own in shapes.values()):
+        raise ValueError(
+            f"the layers of the stack {site.path!r} get different arrays: {shapes}. Layers stacked in one leaf are "
+            "adapted alike: load the model with scan_layers=False, or write a config that treats them alike"
+        )
     return {name: jnp.stack([arrays[name] for arrays in drawn]) for name in drawn[0]}
-
-
-def derived_arrays(leaf: Any, site: Site, config: PeftConfig, dtype: Any = jnp.float32) -> dict[str, Any]:
-    """The arrays of a site that its method derives from the weight, abstract if that is; none for most methods.
-
-    leaf: the base leaf of the site.
-    """
-    method = method_of(config)
-    if not method.derived:
-        return {}
-
-    def compute(leaf: Any) -> dict[str, jax.Array]:
-        arrays = _initial_layers(jax.random.key(0), leaf, site, method, config, dtype)
-        return {name: array for name, array in arrays.items() if name in method.derived}
-
-    return jax.eval_shape(compute, leaf) if isinstance(leaf, jax.ShapeDtypeStruct) else jax.jit(compute)(leaf)
 
 
 def _initial(
@@ -179,6 +235,7 @@ def _initial(
             whole = canonical(leaf if layer is None else leaf[layer], site.layout)
             return whole.reshape(-1, *whole.shape[len(site.stack) :])[index] if site.stack else whole
 
+        assert method.init is not None
         arrays = method.init(key, site, config, weight)
         return {name: cast_floating(array, dtype) for name, array in arrays.items()}
 
@@ -190,7 +247,7 @@ def _initial(
 
 
 def cast_floating(array: jax.Array, dtype: Any) -> jax.Array:
-    return array.astype(dtype) if jnp.issubdtype(array.dtype, jnp.inexact) else array
+    return array.astype(dtype) if array.dtype != dtype and jnp.issubdtype(array.dtype, jnp.inexact) else array
 
 
 def _copy(path: str, leaf: Any) -> Any:

@@ -65,6 +65,9 @@ def variant(name: str, options: dict[str, Any], **fields: Any) -> MethodRow:
     return MethodRow(name, f"{name}.py", jpeft.LoraConfig, options, **{"linear": True, "factors": True, **fields})
 
 
+# Those with an odd number of outputs.
+UNEVEN = frozenset({"heads in", "experts"})
+
 VARIANTS = (
     variant("dora", {"use_dora": True}, linear=False, factors=False),
     variant("lora_bias", {"lora_bias": True}, factors=False, biased=True),
@@ -76,6 +79,34 @@ VARIANTS = (
         "monteclora", {"monteclora_config": {"num_samples": 2, "sample_scaler": 0.5}}, factors=False, dormant=SAMPLER
     ),
     variant("qalora", {"use_qalora": True, "qalora_group_size": 1}),
+    variant(
+        "alora",
+        {"alora_invocation_tokens": [1, 2], "task_type": "CAUSAL_LM"},
+        factors=False,
+        mergeable=False,
+        context={"alora_offsets": (2, 3)},
+    ),
+)
+
+SHARED = (
+    MethodRow("vera", "vera.py", jpeft.VeraConfig, {"r": 3}, linear=True),
+    MethodRow(
+        "pvera",
+        "pvera.py",
+        jpeft.PveraConfig,
+        {"r": 3},
+        linear=True,
+        apart={"x @ w.T, layout io": "merged: dot_general (the transposed weight of a method that is not linear)"},
+    ),
+    MethodRow("randlora", "randlora.py", jpeft.RandLoraConfig, {"r": 2, "randlora_alpha": 3}, linear=True),
+    MethodRow(
+        "vblora",
+        "vblora.py",
+        jpeft.VBLoRAConfig,
+        {"r": 2, "num_vectors": 5, "vector_length": 1},
+        linear=True,
+        neutral=False,
+    ),
 )
 
 METHODS = (
@@ -95,6 +126,32 @@ METHODS = (
         linear=True,
     ),
     *VARIANTS,
+    *SHARED,
+    MethodRow("ia3", "ia3.py", jpeft.IA3Config, {"feedforward_modules": ["value", "heads", "conv"]}),
+    MethodRow("loha", "loha.py", jpeft.LoHaConfig, {"r": 1, "alpha": 3}),
+    MethodRow("loha, dense", None, jpeft.LoHaConfig, {"r": 2, "use_effective_conv2d": True}),
+    MethodRow("lokr", "lokr.py", jpeft.LoKrConfig, {"r": 1, "decompose_both": True}),
+    MethodRow("lokr, whole", None, jpeft.LoKrConfig, {"r": 3, "decompose_factor": 2, "init_weights": "lycoris"}),
+    MethodRow("road", "road.py", jpeft.RoadConfig, {"variant": "road_4", "group_size": 2}, misfits=UNEVEN),
+    MethodRow("hra", "hra.py", jpeft.HRAConfig, {"r": 2}, exact=False),
+    MethodRow("hra, orthogonal", None, jpeft.HRAConfig, {"r": 2, "apply_GS": True}, neutral=False),
+    MethodRow("oft", "oft.py", jpeft.OFTConfig, {"r": 1, "oft_block_size": 0, "init_weights": True}),
+    MethodRow(
+        "oft, exact",
+        None,
+        jpeft.OFTConfig,
+        {"r": 1, "oft_block_size": 0, "use_cayley_neumann": False, "block_share": True},
+    ),
+    MethodRow("boft", "boft.py", jpeft.BOFTConfig, {"boft_block_size": 0, "boft_block_num": 1}),
+    MethodRow("miss", "miss.py", jpeft.MissConfig, {"r": 2}),
+    MethodRow("miss, mini", None, jpeft.MissConfig, {"r": 3, "init_weights": "mini", "mini_r": 1}),
+    MethodRow("miss, bat", None, jpeft.MissConfig, {"r": 1, "init_weights": "bat"}),
+    MethodRow("c3a", "c3a.py", jpeft.C3AConfig, {"block_size": 1, "init_weights": True}),
+    MethodRow("psoft", "psoft.py", jpeft.PsoftConfig, {"r": 2, "psoft_alpha": 3}, factors=True),
+    MethodRow("psoft, free", None, jpeft.PsoftConfig, {"r": 2, "psoft_orth": False}, factors=True),
+    MethodRow(
+        "psoft, series", None, jpeft.PsoftConfig, {"r": 2, "use_cayley_neumann": True, "cayley_neumann_eps": 0.9}
+    ),
     MethodRow("dense delta", None, DenseDeltaConfig, {}),
     MethodRow("gain", None, GainConfig, {}, thorough=True),
 )

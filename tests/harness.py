@@ -9,9 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 
 import jpeft
+from jpeft._contract import CONVOLUTION, EMBEDDING, method_of
 from jpeft._lift import _products
 from jpeft._paths import leaves_by_path
-from jpeft._wrap import derived_arrays
+from jpeft._wrap import completed
 
 TOLERANCE = 1e-10
 
@@ -53,8 +54,12 @@ class MethodRow:
 
     file: its file in jpeft/methods, or None for a toy of the tests. factors: whether it is a product of thin factors.
     thorough: whether it runs every row, on behalf of methods written in the same way. linear: whether it adapts linear
-    layers alone. neutral: whether a fresh adapter changes nothing. dormant: arrays that train only with
-    a key. biased: whether only layers with a bias can be merged.
+    layers alone. neutral: whether a fresh adapter changes nothing; exact: whether merged it does so to the last bit
+    (what cancels is otherwise not rounded alike). dormant: arrays that train only with
+    a key. biased: whether only layers with a bias can be merged. mergeable: whether any can; if not, what is
+    compared with merged weights is left to tests of its own. context: what `with_context` has to bring for two rows.
+    misfits: cases whose layers have sizes that the method refuses with these options. apart: {case: what `explain`
+    says of it instead}.
     """
 
     name: str
@@ -65,15 +70,23 @@ class MethodRow:
     thorough: bool = False
     linear: bool = False
     neutral: bool = True
+    exact: bool = True
     dormant: frozenset[str] = frozenset()
     biased: bool = False
+    misfits: frozenset[str] = frozenset()
+    apart: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    mergeable: bool = True
+    context: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     def runs(self, case: Case) -> bool:
-        left_out = ("lookup", "convolution") if self.linear else ()
-        able = case.name not in left_out and (case.name == "with bias" or not self.biased)
-        return able and (self.thorough or case.core)
+        kinds = method_of(self.config(**self.options)).kinds
+        left_out = [name for name, kind in {"lookup": EMBEDDING, "convolution": CONVOLUTION}.items() if kind not in kinds]
+        able = case.name not in {*left_out, *self.misfits} and (case.name == "with bias" or not self.biased)
+        return self.mergeable and able and (self.thorough or case.core)
 
     def expected(self, case: Case) -> set[str]:
+        if case.name in self.apart:
+            return {self.apart[case.name]}
         return set(case.how if self.factors else case.general)
 
 
@@ -110,14 +123,20 @@ def adapted(problem: Problem, row: MethodRow, **options: Any) -> jpeft.PeftParam
 def with_derived(wrapped: jpeft.PeftParams) -> jpeft.PeftParams:
     """The same parameters with arrays that follow from the base as they should be, not random."""
     leaves = leaves_by_path(wrapped.base)
-    adapters = {}
-    for name, adapter in wrapped.adapters.items():
-        weights = dict(adapter.weights)
-        for path, site in adapter.sites.items():
-            dtype = jax.tree.leaves(weights[path])[0].dtype
-            weights[path] = {**weights[path], **derived_arrays(leaves[site.leaf], site, adapter.config, dtype)}
-        adapters[name] = dataclasses.replace(adapter, weights=weights)
-    return dataclasses.replace(wrapped, adapters=adapters)
+    return dataclasses.replace(
+        wrapped, adapters={name: _with_derived(adapter, leaves) for name, adapter in wrapped.adapters.items()}
+    )
+
+
+def _with_derived(adapter: jpeft.Adapter, leaves: Mapping[str, Any]) -> jpeft.Adapter:
+    method, config = method_of(adapter.config), adapter.config
+    held = {
+        path: {name: array for name, array in arrays.items() if method.in_files(name, config)}
+        for path, arrays in adapter.weights.items()
+    }
+    shared = {name: array for name, array in adapter.shared.items() if method.in_files(name, config)}
+    bare = dataclasses.replace(adapter, weights=held, shared=shared)
+    return completed(bare, adapter, leaves, jnp.result_type(float))
 
 
 def on_merged(function: Callable[..., Any]) -> Callable[..., Any]:

@@ -1,6 +1,7 @@
 """Adapters put beside a tree, chosen among, merged and taken off; the engine alone, no model."""
 
 import dataclasses
+import hashlib
 
 import jax
 import jax.numpy as jnp
@@ -141,6 +142,15 @@ def test_the_key_of_a_site_is_the_hash_of_its_path():
     assert equal(wrapped.adapters["default"].weights["query"], direct)
 
 
+@pytest.mark.parametrize("key", [KEY, jax.random.PRNGKey(7), jax.random.key(7, impl="rbg")], ids=["key", "raw", "rbg"])
+def test_a_key_of_a_name_is_the_key_folded_with_the_start_of_its_hash(key):
+    number = int.from_bytes(hashlib.sha256(b"layers.31.query").digest()[:4], "little")
+    assert number >= 2**31  # beyond what fits in a signed number
+    folded = fold_in_name(key, "layers.31.query")
+    assert folded.dtype == key.dtype
+    assert equal(jax.random.bits(folded, (4,)), jax.random.bits(jax.random.fold_in(key, number), (4,)))
+
+
 def abstract(params):
     return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), params)
 
@@ -154,6 +164,47 @@ def test_abstract_parameters_give_an_abstract_adapter_of_the_same_shapes():
     ):
         assert abstract(concrete) == wrapped
         assert all(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(wrapped))
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {},
+        {"rank_pattern": {r"1\.q": 3}},
+        {"alpha_pattern": {"0.q": 7}},
+        {"use_dora": True},
+        {"init_lora_weights": "pissa"},
+    ],
+    ids=str,
+)
+def test_an_abstract_adapter_of_layers_has_the_shapes_of_each(fields):
+    sizes = {"0": (4, 6), "1": (4, 6), "2": (6, 4), "3:5": (2, 4, 6), "05": (4, 4)}
+    layers = {
+        number: {"q": {"kernel": kernel(1, *size)}, "k": {"kernel": kernel(2, *size)}} for number, size in sizes.items()
+    }
+    layers["1"]["q"]["bias"] = jnp.ones(6)
+    params, chosen = {"layers": layers, "q": {"kernel": kernel(3, 8, 2)}}, config("q", "k", **fields)
+    concrete = jpeft.wrap(params, chosen)
+    assert abstract(concrete) == jpeft.wrap(abstract(params), chosen)
+
+
+def test_layers_of_the_same_shapes_are_traced_once():
+    traced = []
+
+    def init(key, site, config, weight):
+        traced.append(site.path)
+        return method_of(LoraConfig()).init(key, site, config, weight)
+
+    @dataclasses.dataclass(frozen=True, kw_only=True)
+    class CountingConfig(LoraConfig):
+        pass
+
+    register(dataclasses.replace(method_of(config()), config=CountingConfig, init=init))
+    params = {"layers": {str(number): {"q": {"kernel": kernel(1, 4, 6)}} for number in range(5)}}
+    jpeft.wrap(abstract(params), CountingConfig(target_modules=["q"]))
+    assert traced == ["layers.0.q"]
+    jpeft.wrap(abstract(params), CountingConfig(target_modules=["q"], rank_pattern={"3.q": 1}))
+    assert len(traced) == 6
 
 
 def test_wrap_gives_the_same_under_jit():

@@ -2,9 +2,9 @@
 
     python examples/benchmarks/adapters.py --json adapters.json
 
-Every row is timed in rounds, in random order, after one round that does not count, and compared with the row named in
-its last column in the same round: the table gives the medians and the quartiles of the ratio. For what is compiled, the
-number of programs compiled is checked to stay one: a switch among stacked adapters or a hot-swap compiles nothing.
+Everything is timed in rounds, in random order, after one round that does not count. The table gives medians of the wall
+time and of the processor's time, and the ratio of wall times to PEFT's and to another row's in the same round, with
+quartiles. That one program is compiled is checked for what says so: a hot-swap and a mixed batch compile nothing.
 """
 
 import argparse
@@ -12,9 +12,7 @@ import functools
 import json
 import os
 import random
-import statistics
 import tempfile
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -25,31 +23,33 @@ os.environ.setdefault("KMP_BLOCKTIME", "0")
 import jax
 import jax.numpy as jnp
 import optax
-from _models import PROJECTIONS, Shape, random_parameters
+from _adapters_sizes import LLAMA, LOADED, MIXED, SMALL, population_names
+from _models import PROJECTIONS, random_parameters
+from _rows import Row, Rows, summary, table, timed
 from step_vs_floor import environment
 
 import jpeft
 import jpeft_interop
 
-Rows = dict[str, tuple[Callable[[], Any], str | None]]  # name: (what is timed, the row it is compared with)
-LLAMA = Shape(4096, 11008, 32, 32, 32000)
-
 
 def main() -> None:
     args = arguments()
-    with tempfile.TemporaryDirectory() as folder:
-        rows: Rows = {**wrapping(), **loading(args, Path(folder)), **mixing(args), **populations(args)}
+    with tempfile.TemporaryDirectory() as directory:
+        folder = Path(directory)
+        ours: Rows = {**wrapping(), **loading(folder), **mixing(args), **populations(args)}
+        theirs: Rows = {}
         if not args.skip_torch:
-            rows.update(torch_rows(args, Path(folder)))
-        seconds = timed({name: run for name, (run, _) in rows.items()}, args.repeats)
-    report = [summary(name, other, seconds) for name, (_, other) in rows.items()]
+            import _adapters_peft
+
+            theirs = _adapters_peft.rows(args, folder)
+        runs = {(0, name): row.run for name, row in ours.items()} | {(1, name): row.run for name, row in theirs.items()}
+        seconds = timed(runs, args.repeats)
+    report = [summary(name, row.to, name in theirs, seconds) for name, row in ours.items()]
     print(", ".join(f"{name} {value}" for name, value in environment().items()))
-    print("| what | ms | ratio | quartiles | to |\n|---|---|---|---|---|")
-    for row in report:
-        ratio = "" if row["to"] is None else f"{row['ratio']:.2f} | {row['low']:.2f} to {row['high']:.2f} | {row['to']}"
-        print(f"| {row['name']} | {row['ms']:.1f} | {ratio or ' | |'} |")
+    print(table(report))
     if args.json:
-        Path(args.json).write_text(json.dumps({"environment": environment(), "rows": report, "seconds": seconds}))
+        times = [{"peft": bool(side), "name": name, "seconds": own} for (side, name), own in seconds.items()]
+        Path(args.json).write_text(json.dumps({"environment": environment(), "rows": report, "times": times}))
 
 
 def arguments() -> argparse.Namespace:
@@ -58,7 +58,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--tokens", type=int, default=128, help="tokens of each of the 8 rows")
-    parser.add_argument("--members", type=int, default=16, help="adapters of the population")
+    parser.add_argument("--members", type=int, default=16, help="adapters of the populations")
+    parser.add_argument("--widths", type=int, nargs="+", default=[32, 64], help="of the populations' models")
     parser.add_argument("--repeats", type=int, default=9, help="rounds")
     parser.add_argument("--skip-torch", action="store_true")
     parser.add_argument("--json", help="write the report and every time to this file")
@@ -67,24 +68,61 @@ def arguments() -> argparse.Namespace:
 
 def wrapping() -> Rows:
     shapes = jax.eval_shape(lambda: random_parameters(LLAMA, "bfloat16"))
-    config = jpeft.LoraConfig(r=16, target_modules=list(PROJECTIONS))
-    return {"wrap, 7B shapes": (lambda: jpeft.wrap(shapes, config), None)}
-
-
-def loading(args: argparse.Namespace, folder: Path) -> Rows:
-    shape = Shape(64, 128, 2, 32, 256)
-    params = random_parameters(shape, "float32")
-    wrapped = jpeft.wrap(params, jpeft.LoraConfig(r=8, target_modules=list(PROJECTIONS)))
-    jpeft_interop.save_pretrained(wrapped, folder / "ours")
-    many = wrapped
-    for number in range(18):
-        many = jpeft_interop.load_adapter(many, folder / "ours", f"number {number}")
-    slot = jpeft.prepare_for_hotswap(wrapped, "default", rank=8)
+    params, config = small_parameters(), jpeft.LoraConfig(r=16, target_modules=list(PROJECTIONS))
     return {
-        "load the first adapter": (lambda: jpeft_interop.load_pretrained(params, folder / "ours"), None),
-        "load the 20th": (lambda: jpeft_interop.load_adapter(many, folder / "ours", "x"), "load the first adapter"),
-        "switch": (lambda: jpeft.set_adapter(many, "number 3"), None),
-        "hot-swap": (lambda: jax.block_until_ready(jpeft.hotswap(slot, "default", wrapped).adapters), None),
+        "wrap, 7B shapes": Row(lambda: jpeft.wrap(shapes, config)),
+        "wrap, 32 small layers": Row(lambda: block(jpeft.wrap(params, config).adapters)),
+    }
+
+
+def small_parameters() -> dict[str, Any]:
+    """A small model with the names of `transformers`, so that its adapters are PEFT's as they are."""
+
+    def layer(own: dict[str, Any]) -> dict[str, Any]:
+        parts = {"self_attn": PROJECTIONS[:4], "mlp": PROJECTIONS[4:]}
+        return {part: {name: own[name] for name in names} for part, names in parts.items()}
+
+    layers = random_parameters(SMALL, "float32")["layers"]
+    return {"model": {"layers": {str(number): layer(own) for number, own in enumerate(layers)}}}
+
+
+def all_projections(params: Any, x: jax.Array) -> jax.Array:
+    for layer in params["model"]["layers"].values():
+        own = {name: module["kernel"] for part in layer.values() for name, module in part.items()}
+        x = x + jnp.tanh(sum(x @ own[name] for name in PROJECTIONS[:4]))
+        x = x + jnp.tanh(x @ own["gate_proj"] + x @ own["up_proj"]) @ own["down_proj"]
+    return x
+
+
+def loading(folder: Path) -> Rows:
+    params = small_parameters()
+    config = jpeft.LoraConfig(r=8, target_modules=list(PROJECTIONS), init_lora_weights=False)
+    wrapped = jpeft.wrap(params, config)
+    jpeft_interop.save_pretrained(wrapped, folder)
+    many = wrapped
+    for number in range(LOADED):
+        many = jpeft_interop.load_adapter(many, folder, f"number {number}")
+    slot, x = wrapped, jnp.ones((4, SMALL.hidden))
+    apply: Any = jax.jit(jpeft.lift(all_projections))
+
+    def compiles_nothing(swapped: jpeft.PeftParams) -> None:
+        block(apply(swapped, x))
+        assert apply._cache_size() == 1
+
+    def swap(new: Callable[[], jpeft.PeftParams]) -> Callable[[], None]:
+        swapped = jpeft.hotswap(slot, "default", new())
+        block(swapped.adapters["default"])
+        return functools.partial(compiles_nothing, swapped)
+
+    load_first = functools.partial(jpeft_interop.load_pretrained, params, folder)
+    load_next = functools.partial(jpeft_interop.load_adapter, many, folder, "next")
+    names = [f"number {number}" for number in range(LOADED)]
+    return {
+        "load the first adapter": Row(lambda: block(load_first().adapters["default"])),
+        "load the 20th": Row(lambda: block(load_next().adapters["next"]), "load the first adapter"),
+        "switch": Row(lambda: jpeft.set_adapter(many, random.choice(names)).active),
+        "hot-swap, from a file": Row(lambda: swap(load_first)),
+        "hot-swap, in memory": Row(lambda: swap(lambda: wrapped)),
     }
 
 
@@ -94,143 +132,69 @@ def network(params: Any, x: jax.Array) -> jax.Array:
     return x
 
 
-def layers(args: argparse.Namespace, hidden: int) -> Any:
-    keys = jax.random.split(jax.random.key(0), 2 * args.layers)
+def layers(count: int, hidden: int) -> Any:
+    keys = jax.random.split(jax.random.key(0), 2 * count)
     kernels = [{"kernel": jax.random.normal(key, (hidden, hidden)) / hidden} for key in keys]
-    return {"layers": {str(i): {"query": kernels[2 * i], "value": kernels[2 * i + 1]} for i in range(args.layers)}}
+    return {"layers": {str(i): {"query": kernels[2 * i], "value": kernels[2 * i + 1]} for i in range(count)}}
 
 
 def mixing(args: argparse.Namespace) -> Rows:
     x = jax.random.normal(jax.random.key(1), (8, args.tokens, args.hidden))
     config = jpeft.LoraConfig(r=args.rank, target_modules=["query", "value"], init_lora_weights=False)
-    params = layers(args, args.hidden)
+    params = layers(args.layers, args.hidden)
     single = jpeft.wrap(params, config)
     one = jax.jit(jpeft.lift(network))
-    rows: Rows = {"a single adapter, 8 rows": (lambda: one(single, x).block_until_ready(), None)}
-    for count in (4, 32):
+    rows: Rows = {"a single adapter, 8 rows": Row(lambda: block(one(single, x)))}
+    for count in MIXED:
         wrapped = params
         for number in range(count):
             wrapped = jpeft.wrap(wrapped, config, adapter_name=str(number), rng=jax.random.key(number))
         run = functools.partial(mixed_batch, jax.jit(jpeft.lift(network)), jpeft.mixed_batch(wrapped), count, x)
-        rows[f"mixed batch over {count} adapters"] = (run, "a single adapter, 8 rows")
+        rows[f"mixed batch over {count}"] = Row(run, "a single adapter, 8 rows")
     return rows
 
 
 def mixed_batch(apply: Any, mixed: jpeft.PeftParams, count: int, x: jax.Array) -> None:
     chosen = jnp.asarray([random.randrange(-1, count) for _ in range(len(x))])
-    apply(jpeft.with_context(mixed, adapter_indices=chosen), x).block_until_ready()
+    block(apply(jpeft.with_context(mixed, adapter_indices=chosen), x))
     assert apply._cache_size() == 1
 
 
 def populations(args: argparse.Namespace) -> Rows:
-    params = layers(args, 64)
-    x, target = jax.random.normal(jax.random.key(2), (2, 4, 16, 64))
-    config = jpeft.LoraConfig(r=8, target_modules=["query", "value"])
-    members = [jpeft.wrap(params, config, rng=jax.random.key(seed)) for seed in range(args.members)]
-    apply, tx = jpeft.lift(network), optax.masked(optax.adamw(1e-3), jpeft.trainable_mask)
+    return {name: row for hidden in args.widths for name, row in population(args.members, args.layers, hidden).items()}
 
-    def step(wrapped: jpeft.PeftParams, state: Any) -> Any:
+
+def population(members: int, count: int, hidden: int) -> Rows:
+    params = layers(count, hidden)
+    x, target = jax.random.normal(jax.random.key(2), (2, 4, 16, hidden))
+    config = jpeft.LoraConfig(r=8, target_modules=["query", "value"])
+    wrapped: list[Any] = [jpeft.wrap(params, config, rng=jax.random.key(seed)) for seed in range(members)]
+    apply: Any = jpeft.lift(network)
+    tx: Any = optax.masked(optax.adamw(1e-3), jpeft.trainable_mask)
+
+    def step(wrapped: Any, state: Any) -> Any:
         gradient = jpeft.grad(lambda own: ((apply(own, x) - target) ** 2).mean())(wrapped)
         updates, state = tx.update(gradient, state, wrapped)
         return optax.apply_updates(wrapped, updates), state
 
-    population = jpeft.stack_adapters(members)
-    axes = jpeft.population_axes(population)
-    states, state = [tx.init(member) for member in members], jax.vmap(tx.init, in_axes=(axes,))(population)
+    stacked: Any = jpeft.stack_adapters(wrapped)
+    axes = jpeft.population_axes(stacked)
+    states, state = [tx.init(member) for member in wrapped], jax.vmap(tx.init, in_axes=(axes,))(stacked)
     alone, together = jax.jit(step), jax.jit(jax.vmap(step, in_axes=(axes, 0), out_axes=(axes, 0)))
+    everything = jnp.broadcast_to(x, (members, *x.shape))
+    floor = jax.jit(jax.grad(lambda x: ((network(params, x) - target) ** 2).mean()))
 
-    def one_by_one() -> None:
-        jax.block_until_ready([alone(*own) for own in zip(members, states, strict=True)])
-
-    name = f"a step of {args.members} adapters, one by one"
+    one_by_one, as_population, products = population_names(members, hidden)
     return {
-        name: (one_by_one, None),
-        f"a step of {args.members} adapters as a population": (
-            lambda: jax.block_until_ready(together(population, state)),
-            name,
-        ),
+        one_by_one: Row(lambda: block([alone(*own) for own in zip(wrapped, states, strict=True)])),
+        as_population: Row(lambda: block(together(stacked, state)), one_by_one),
+        # What no way of having adapters can save: the frozen model, forward and backward, for the rows of all members.
+        products: Row(lambda: block(floor(everything)), as_population),
     }
 
 
-def torch_rows(args: argparse.Namespace, folder: Path) -> Rows:
-    import peft
-    import torch
-
-    class Layer(torch.nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.query = torch.nn.Linear(args.hidden, args.hidden, bias=False)
-            self.value = torch.nn.Linear(args.hidden, args.hidden, bias=False)
-
-        def forward(self, x: Any) -> Any:
-            return x + self.value(torch.tanh(self.query(x)))
-
-    class Network(torch.nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.layers = torch.nn.ModuleList(Layer() for _ in range(args.layers))
-
-        def forward(self, x: Any) -> Any:
-            for layer in self.layers:
-                x = layer(x)
-            return x
-
-    config = peft.LoraConfig(r=args.rank, target_modules=["query", "value"], init_lora_weights=False)
-    model = peft.get_peft_model(Network(), config, adapter_name="0").eval()
-    for number in range(1, 32):
-        model.add_adapter(str(number), config)
-    x = torch.randn(8, args.tokens, args.hidden)
-
-    def run(count: int | None) -> None:
-        names = None if count is None else [str(random.randrange(count)) for _ in range(len(x))]
-        with torch.no_grad():
-            model(x) if names is None else model(x, adapter_names=names)
-
-    single = "PyTorch PEFT: a single adapter, 8 rows"
-    mixed: Rows = {f"PyTorch PEFT: mixed over {n}": (functools.partial(run, n), single) for n in (4, 32)}
-    wrapping = {"PyTorch PEFT: wrap and unload, 7B shapes": (torch_wrap(), None)}
-    return {single: (lambda: run(None), None), **mixed, **wrapping}
-
-
-def torch_wrap() -> Callable[[], Any]:
-    import peft
-    import torch
-    import transformers
-
-    config = transformers.LlamaConfig(
-        vocab_size=LLAMA.vocabulary, hidden_size=LLAMA.hidden, intermediate_size=LLAMA.intermediate,
-        num_hidden_layers=LLAMA.layers, num_attention_heads=LLAMA.heads,
-    )  # fmt: skip
-    lora = peft.LoraConfig(r=16, target_modules=list(PROJECTIONS))
-    with torch.device("meta"):
-        base = transformers.LlamaForCausalLM(config)
-
-    def run() -> None:
-        peft.get_peft_model(base, lora, low_cpu_mem_usage=True).unload()
-
-    return run
-
-
-def timed(runs: dict[str, Callable[[], Any]], repeats: int) -> dict[str, list[float]]:
-    order, shuffle = list(runs), random.Random(0).shuffle
-    seconds: dict[str, list[float]] = {name: [] for name in runs}
-    for number in range(repeats + 1):
-        shuffle(order)
-        for name in order:
-            start = time.perf_counter()
-            runs[name]()
-            if number:
-                seconds[name].append(time.perf_counter() - start)
-    return seconds
-
-
-def summary(name: str, other: str | None, seconds: dict[str, list[float]]) -> dict[str, Any]:
-    row = {"name": name, "to": other, "ms": 1000 * statistics.median(seconds[name])}
-    if other is None:
-        return row
-    ratios = [own / to for own, to in zip(seconds[name], seconds[other], strict=True)]
-    low, middle, high = statistics.quantiles(ratios, n=4)
-    return {**row, "low": low, "ratio": middle, "high": high}
+def block(tree: Any) -> None:
+    jax.block_until_ready(tree)
 
 
 if __name__ == "__main__":

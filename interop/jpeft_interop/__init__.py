@@ -1,5 +1,6 @@
 """Everything that knows Hugging Face: PEFT's adapter files, and base models with the names of `transformers`."""
 
+from ._arrow import create_arrow_model as create_arrow_model
 from ._auto_peft import (
     AutoPeftModel as AutoPeftModel,
     AutoPeftModelForCausalLM as AutoPeftModelForCausalLM,

@@ -9,7 +9,9 @@ import jpeft
 from jpeft import TaskType
 
 from ._face_files import config_of
-from ._peft_model import PeftModel, class_for
+from ._peft_model import PeftModel
+from ._task_classes import class_for
+from ._tokenizer import tokenizer_size
 
 _TASKS = {
     "FlaxAutoModelForCausalLM": TaskType.CAUSAL_LM,
@@ -38,7 +40,11 @@ class AutoPeft:
         revision: str | None = None,
         subfolder: str | None = None,
         autocast_adapter_dtype: bool = True,
+        ephemeral_gpu_offload: bool = False,
+        low_cpu_mem_usage: bool = False,
+        torch_device: Any = None,
         key_mapping: Mapping[str, str] | None = None,
+        ignore_mismatched_sizes: bool = False,
         **base: Any,
     ) -> PeftModel:
         """A saved adapter on the base model that its config names.
@@ -46,6 +52,8 @@ class AutoPeft:
         name_or_path: of the adapter, and revision and subfolder too; those of the base model are in its config. Without
         a task, the config says of which class the base is, and may not have a task either. base: as for
         `FlaxAutoModel.from_pretrained`: dtype, param_dtype, mesh, sharding_rules, scan_layers, remat, num_labels, ...
+        If a tokenizer with more tokens than the base model has was saved with the adapter, the base is resized for it:
+        `resize_token_embeddings`. ignore_mismatched_sizes: of the base's tensors and of the adapter's.
         The rest is as for `PeftModel.from_pretrained`. Raises ValueError if the config names no base model or another
         task, and what loading them raises.
         """
@@ -58,7 +66,11 @@ class AutoPeft:
         from . import models
 
         auto = getattr(models, self._checked(config))
-        model = auto.from_pretrained(config.base_model_name_or_path, **{"revision": config.revision, **base})
+        options = {"revision": config.revision, "ignore_mismatched_sizes": ignore_mismatched_sizes, **base}
+        model = auto.from_pretrained(config.base_model_name_or_path, **options)
+        size = tokenizer_size(name_or_path, revision=revision, subfolder=subfolder)
+        if size is not None and size > getattr(model.config, "vocab_size", size):
+            model = models.resize_token_embeddings(model, size)
         kind = PeftModel if self.auto_model is None else class_for(jpeft.PeftConfig(task_type=_TASKS[self.auto_model]))
         return kind.from_pretrained(
             model,
@@ -67,9 +79,13 @@ class AutoPeft:
             is_trainable,
             config,
             autocast_adapter_dtype,
+            ephemeral_gpu_offload,
+            low_cpu_mem_usage,
+            key_mapping,
+            ignore_mismatched_sizes=ignore_mismatched_sizes,
+            torch_device=torch_device,
             revision=revision,
             subfolder=subfolder,
-            key_mapping=key_mapping,
         )
 
     def _checked(self, config: jpeft.PeftConfig) -> str:

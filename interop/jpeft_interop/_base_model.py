@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-import jpeft
+from jpeft import PeftParams
 from jpeft._params import is_peft_params
 
 
@@ -31,8 +31,19 @@ class BaseModel:
     generate: Callable[..., Any] | None = None
 
     @property
+    def bare(self) -> PeftParams:
+        """The parameters without adapters."""
+        return PeftParams(base=self.params, adapters={}, active=())
+
+    @property
     def model_type(self) -> str | None:
         return self.config.get("model_type")
+
+
+def laid_out(model: Any, layouts: Mapping[str, str] | None) -> BaseModel:
+    """`base_model`, with further layouts."""
+    base = base_model(model)
+    return dataclasses.replace(base, layouts={**base.layouts, **(layouts or {})})
 
 
 def base_model(model: Any) -> BaseModel:
@@ -50,6 +61,10 @@ def base_model(model: Any) -> BaseModel:
 
     from .models import FlaxModel
 
+    if is_peft_params(getattr(model, "params", None)):
+        raise TypeError(
+            "the model is a PeftModel already; expected a base model (model.unload() gives it), or model.add_adapter"
+        )
     if isinstance(model, FlaxModel):
         return _of_flax_model(model)
     if isinstance(model, nnx.Module):
@@ -123,7 +138,7 @@ def _of_linen(module: Any, variables: Mapping[str, Any], again: Callable[[Any], 
     )
 
 
-def parameters_of(wrapped: Any) -> jpeft.PeftParams:
+def parameters_of(wrapped: Any) -> PeftParams:
     """Wrapped parameters, or those of a model of the familiar face; raises TypeError for anything else."""
     params = getattr(wrapped, "params", wrapped)
     if not is_peft_params(params):

@@ -11,7 +11,7 @@ from typing import Any
 import jpeft
 from jpeft.methods.lora import INITIALIZATIONS
 
-from ._fields import FORMATS, PEFT_VERSION, Format, is_replayed, stand_in
+from ._fields import PEFT_VERSION, Format, formats, is_replayed, stand_in
 
 SECOND_NAMES = "jpeft_interop:second_names"
 """In `config.extra`, not in the file: {second key: key} of tensors that the file the config came from holds twice."""
@@ -25,9 +25,10 @@ def read_config(path: Path) -> jpeft.PeftConfig:
     """
     raw = _parsed(path)
     peft_type = raw.get("peft_type")
-    if not isinstance(peft_type, str) or peft_type not in FORMATS:
-        raise ValueError(f"{path}: peft_type is {peft_type!r}; the methods implemented here are: {', '.join(FORMATS)}")
-    form = FORMATS[peft_type]
+    known = formats()
+    if not isinstance(peft_type, str) or peft_type not in known:
+        raise ValueError(f"{path}: peft_type is {peft_type!r}; the methods implemented here are: {', '.join(known)}")
+    form = known[peft_type]
     _refuse(path, raw, form)
     own = {field.name for field in dataclasses.fields(form.config)} - {"extra"}
     unknown = sorted(raw.keys() - own - form.defaults().keys())
@@ -48,15 +49,18 @@ def read_config(path: Path) -> jpeft.PeftConfig:
 def config_dict(config: jpeft.PeftConfig) -> dict[str, Any]:
     """The JSON object of a config, complete with the fields that only PEFT has.
 
-    Raises ValueError for a config of a method that is not implemented here.
+    Raises ValueError for a config of a method that is not implemented here, and for one that uses a field that PEFT
+    does not have for its method.
 
     >>> config_dict(jpeft.LoraConfig(r=4, target_modules=["query"]))["use_dora"]
     False
     """
-    form = FORMATS.get(getattr(config.peft_type, "value", ""))
+    form = formats().get(getattr(config.peft_type, "value", ""))
     if form is None:
-        raise ValueError(f"config is {config!r}; expected the config of one of the methods: {', '.join(FORMATS)}")
-    own = {field.name: getattr(config, field.name) for field in dataclasses.fields(config) if field.name != "extra"}
+        raise ValueError(f"config is {config!r}; expected the config of one of the methods: {', '.join(formats())}")
+    _refuse_what_peft_lacks(config, form)
+    names = {field.name for field in dataclasses.fields(config)} - {"extra"} - form.lacks
+    own = {name: getattr(config, name) for name in names}
     own.update(inference_mode=True, peft_version=config.peft_version or PEFT_VERSION)
     kept = {
         name: value
@@ -97,6 +101,17 @@ def _refuse(path: Path, raw: Mapping[str, Any], form: Format) -> None:
             "the base alone tells again ('pissa', 'olora'); others train an adapter for changed base weights, which "
             "the file does not hold. PyTorch PEFT makes a plain LoRA "
             "of it with save_pretrained(..., path_initial_model_for_weight_conversion=...)"
+        )
+
+
+def _refuse_what_peft_lacks(config: jpeft.PeftConfig, form: Format) -> None:
+    fields = {field.name: field for field in dataclasses.fields(config) if field.name in form.lacks}
+    values = {name: getattr(config, name) for name, field in fields.items() if getattr(config, name) != field.default}
+    used = ", ".join(f"{name}={value!r}" for name, value in values.items())
+    if used:
+        raise ValueError(
+            f"{type(config).__name__} has {used}, which PEFT does not have for this method, so that its files cannot "
+            "say it; expected the default: name the modules in target_modules instead"
         )
 
 

@@ -9,7 +9,9 @@ from typing import Any
 import jpeft
 from jpeft import PeftParams
 from jpeft._adapters import delete_adapter
+from jpeft._convert import check_convertible
 from jpeft._paths import last_name
+from jpeft._wrap import checked_names
 
 from ._base_model import BaseModel
 from ._surplus import EMBEDDINGS
@@ -140,6 +142,22 @@ def taken_out(face: Face) -> Face:
     if not face.merged:
         warnings.warn("no adapter is merged; nothing to do", stacklevel=3)
     return dataclasses.replace(face, merged=(), merged_base=None)
+
+
+def modules_to_save(face: Face) -> set[str] | None:
+    """The names of all adapters' modules that are trained in full; None if there are none."""
+    configs = [adapter.config for adapter in face.wrapped.adapters.values()]
+    return {name for config in configs for name in getattr(config, "modules_to_save", None) or ()} or None
+
+
+def is_convertible(face: Face, name: str) -> bool:
+    """Whether `jpeft.convert_to_lora` takes an adapter; raises ValueError for an unknown name."""
+    (known,) = checked_names(face.wrapped, name)
+    try:
+        check_convertible(known, face.wrapped.adapters[known])
+    except (TypeError, ValueError):
+        return False
+    return True
 
 
 def check_combines(face: Face, name: str, config: jpeft.PeftConfig) -> None:

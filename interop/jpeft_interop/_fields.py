@@ -1,45 +1,77 @@
-"""The fields of PEFT's config files that a config here does not have: those of no consequence, and those refused."""
+"""How the files of each method differ from what is in memory here: fields of the config, and names of tensors."""
 
+import dataclasses
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import jpeft
+from jpeft._contract import config_classes
 
 PEFT_VERSION = "0.21.2"
 """The version of PEFT whose files are written."""
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Format:
-    """How one method's config file differs from its config.
+    """How one method's files differ from its config and its arrays.
 
     passive: {field: PEFT's default} of fields that change nothing once an adapter is trained; kept and written back.
     neutral: {field: values with which it changes nothing, PEFT's default first}; with any other it is refused.
+    layers: arrays that are the weight of a small layer of their own in PyTorch, so that their keys end in ".weight";
+    a name stands for those that begin with it and a dot, too. copies: shared arrays of which the file has a copy in
+    each module that uses them. both: shared arrays of which it has the copies and the one of the whole model.
+    integers: {array: its dtype in the file} where that is wider than JAX has by default. lacks: fields of every config
+    here that PEFT's config of the method does not have; files do not hold them.
     """
 
     config: type[jpeft.PeftConfig]
-    passive: Mapping[str, Any]
-    neutral: Mapping[str, tuple[Any, ...]]
+    passive: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    neutral: Mapping[str, tuple[Any, ...]] = dataclasses.field(default_factory=dict)
+    layers: frozenset[str] = frozenset()
+    copies: frozenset[str] = frozenset()
+    both: frozenset[str] = frozenset()
+    integers: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    lacks: frozenset[str] = frozenset()
+
+    def is_layer(self, name: str) -> bool:
+        return name in self.layers or name.partition(".")[0] in self.layers
 
     def defaults(self) -> dict[str, Any]:
         return {**self.passive, **{name: values[0] for name, values in self.neutral.items()}}
 
 
-FORMATS: Mapping[str, Format] = {
-    "LORA": Format(
-        config=jpeft.LoraConfig,
-        passive={
-            "megatron_config": None,
-            "megatron_core": "megatron.core",
-        },
-        neutral={
-            "alora_invocation_tokens": (None,),
-            "arrow_config": (None,),
-        },
-    ),
+# By the `peft_type` of the file; a method that is not here has nothing to tell.
+_DIFFERENCES: Mapping[str, Mapping[str, Any]] = {
+    "PVERA": {"lacks": frozenset({"exclude_modules"})},
+    "RANDLORA": {"both": frozenset({"randlora_A", "randlora_B"}), "lacks": frozenset({"exclude_modules"})},
+    "VERA": {"lacks": frozenset({"exclude_modules"})},
+    "IA3": {"lacks": frozenset({"bias", "layers_pattern", "layers_to_transform"})},
+    "ROAD": {"lacks": frozenset({"bias", "exclude_modules", "layers_pattern", "layers_to_transform"})},
+    "OFT": {"layers": frozenset({"oft_R", "oft_embedding_R"})},
+    "LOHA": {"lacks": frozenset({"bias"})},
+    "LOKR": {"lacks": frozenset({"bias"})},
+    "HIRA": {"lacks": frozenset({"bias"})},
+    "C3A": {"lacks": frozenset({"exclude_modules"})},
+    "PSOFT": {"lacks": frozenset({"bias"})},
+    "LORA": {
+        "passive": {"megatron_config": None, "megatron_core": "megatron.core"},
+        "layers": frozenset({"lora_A", "lora_B"}),
+    },
 }
-"""By the `peft_type` of the file."""
+
+
+def formats() -> dict[str, Format]:
+    """The format of each method that is implemented, by the `peft_type` of its files.
+
+    >>> formats()["LORA"].is_layer("lora_A")
+    True
+    """
+    return {str(kind): Format(config, **_DIFFERENCES.get(kind, {})) for kind, config in config_classes().items()}
+
+
+def format_of(config: jpeft.PeftConfig) -> Format:
+    """The format of a config's method; of one that PEFT does not have, one without differences."""
+    return formats().get(str(config.peft_type), Format(type(config)))
 
 
 def is_replayed(how: Any) -> bool:

@@ -10,15 +10,16 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 
-def write_tensors(path: Path, tensors: Mapping[str, np.ndarray]) -> None:
+def write_tensors(path: Path, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str] | None = None) -> None:
     """Write tensors to a file, have it on the disk before returning, and compare what it then holds.
 
+    metadata: what its header says besides that the tensors are in PyTorch's format.
     Raises OSError if it cannot be written or does not hold what was given.
     """
     # A transposed view must be copied: safetensors writes the memory behind a view as if it were in order.
     ordered = {name: np.array(tensor, order="C", copy=None) for name, tensor in tensors.items()}
     try:
-        save_file(ordered, path, metadata={"format": "pt"})
+        save_file(ordered, path, metadata={"format": "pt", **(metadata or {})})
     except SafetensorError as error:
         raise OSError(f"{path} cannot be written: {error}") from error
     flush(path)
@@ -43,6 +44,12 @@ def read_tensors(path: Path) -> dict[str, np.ndarray]:
     """
     with _opened(path) as file:
         return {name: file.get_tensor(name) for name in file.keys()}
+
+
+def read_metadata(path: Path) -> dict[str, str]:
+    """What the header of a file says besides its tensors; raises what `read_tensors` raises."""
+    with _opened(path) as file:
+        return dict(file.metadata() or {})
 
 
 def _opened(path: Path) -> Any:

@@ -14,7 +14,14 @@ from ._keys import Slot, leaf_slots, slots
 from ._listed import listed
 from ._orientation import to_torch
 from ._stacked import is_abstract
-from ._surplus import first_name, original_biases, possible_embeddings, second_names, written_embeddings
+from ._surplus import (
+    first_name,
+    original_biases,
+    possible_embeddings,
+    second_names,
+    tied_copies,
+    written_embeddings,
+)
 from ._tied import tied_tensors
 
 
@@ -41,15 +48,12 @@ def fit(
     """
     expected = slots(adapter, leaves, family, layouts)
     originals = original_biases(adapter, family)
-    second = _second_names(tensors, expected, family)
+    whole = leaf_slots(possible_embeddings(leaves), adapter, leaves, family, layouts)
+    second = {**_second_names(tensors, expected, family), **tied_copies(tensors, whole)}
     tied = tied_tensors(tensors, adapter, leaves, family)
     known = {*expected, *originals, *second, *tied}
     rest = [key for key in tensors if key not in known]
-    embeddings = {
-        key: slot
-        for key, slot in leaf_slots(possible_embeddings(leaves), adapter, leaves, family, layouts).items()
-        if key in rest
-    }
+    embeddings = {key: slot for key, slot in whole.items() if key in rest}
     _refuse(
         path,
         missing=[f"{key} {slot.shape}" for key, slot in expected.items() if key not in tensors],

@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import numpy as np
 
 from jpeft import PeftParams
 from jpeft._conversion import keeps_initial_values, plain_lora
+from jpeft._low_rank import is_plain_lora
 from jpeft._params import Adapter
 from jpeft._paths import leaves_by_path
 from jpeft._stacks import layer_paths, unstacked
@@ -55,15 +57,33 @@ def with_plain_lora(
         if initial is True:
             adapters[name] = plain_lora(adapters[name])
             continue
-        if not keeps_initial_values(adapters[name]):
-            how = getattr(adapters[name].config, "init_lora_weights", None)
-            raise ValueError(
-                f"path_initial_model_for_weight_conversion is {str(initial)!r}, but adapter {name!r} of "
-                f"init_lora_weights={how!r} is for the base as it is, so that there is nothing to convert; leave it out"
-            )
+        _check_convertible(name, adapters[name], initial)
         found = _initial_factors(Path(initial).expanduser(), wrapped, adapters[name], family, layouts)
+        if not keeps_initial_values(adapters[name]):
+            _warn_of_change(name, found, initial)
         adapters[name] = plain_lora(adapters[name], found)
     return dataclasses.replace(wrapped, adapters=adapters)
+
+
+def _check_convertible(name: str, adapter: Adapter, initial: str | os.PathLike[str]) -> None:
+    if keeps_initial_values(adapter) or is_plain_lora(adapter.config) and not adapter.rows:
+        return
+    raise ValueError(
+        f"path_initial_model_for_weight_conversion is {str(initial)!r}, but adapter {name!r} of a "
+        f"{type(adapter.config).__name__} is no plain LoRA, whose change since then is LoRA again; leave it out"
+    )
+
+
+def _warn_of_change(name: str, found: Mapping[str, Mapping[str, Any]], initial: str | os.PathLike[str]) -> None:
+    # As in PEFT, for a base out of which its owner took the initial product. The base here may be another.
+    changed = [path for path, factors in found.items() if jnp.any(factors["lora_A"]) and jnp.any(factors["lora_B"])]
+    if changed:
+        warnings.warn(
+            f"adapter {name!r} acts on the base as it is, and what is written is its change since {str(initial)!r}, "
+            f"whose factors are no zeros ({listed(changed)}): right for a base that has their product in it, which the "
+            "base here does not; else leave path_initial_model_for_weight_conversion out",
+            stacklevel=4,
+        )
 
 
 def _initial_factors(

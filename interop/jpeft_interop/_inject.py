@@ -15,7 +15,7 @@ from jpeft._sites import candidates
 from jpeft._stacks import unstacked
 from jpeft._targets import module_paths, saved_modules
 
-from ._base_model import BaseModel, base_model
+from ._base_model import BaseModel, laid_out
 from ._default_targets import with_default_targets
 from ._family import FAMILIES
 from ._keys import PREFIX
@@ -30,25 +30,26 @@ def inject_adapter_in_model(
     adapter_name: str = "default",
     *,
     state_dict: Mapping[str, Any] | None = None,
+    low_cpu_mem_usage: bool = False,
     rng: jax.Array | None = None,
     layouts: Mapping[str, str] | None = None,
 ) -> PeftParams:
     """The model's parameters with a new adapter beside them, for `jpeft.lift(model.apply)`; the model is not changed.
 
     model: as for `get_peft_model`. state_dict: whose keys, PEFT's, say which modules are adapted, in place of
-    target_modules; its values are not used. rng, layouts: as for `jpeft.wrap`. Raises as `jpeft.wrap`, and ValueError
-    for keys that belong to no module.
+    target_modules; its values are not used. low_cpu_mem_usage: whether the adapter is abstract, shapes without values,
+    which `set_peft_model_state_dict` gives it. rng, layouts: as for `jpeft.wrap`. Raises as `jpeft.wrap`, and
+    ValueError for keys that belong to no module.
 
     >>> import jax.numpy as jnp, jpeft
     >>> model = (lambda params, x: x @ params["q"]["kernel"], {"q": {"kernel": jnp.ones((4, 6))}})
     >>> list(inject_adapter_in_model(jpeft.LoraConfig(target_modules=["q"]), model).adapters)
     ['default']
     """
-    base = base_model(model)
+    base = laid_out(model, layouts)
     if state_dict is not None:
         peft_config = _with_targets_of(peft_config, state_dict, base)
-    wrapped = PeftParams(base=base.params, adapters={}, active=())
-    return injected(wrapped, base, peft_config, adapter_name, rng=rng, layouts=layouts)
+    return injected(base.bare, base, peft_config, adapter_name, rng=rng, abstract=low_cpu_mem_usage)
 
 
 def injected(
@@ -58,20 +59,26 @@ def injected(
     adapter_name: str,
     *,
     rng: jax.Array | None = None,
-    layouts: Mapping[str, str] | None = None,
     autocast: bool = True,
+    abstract: bool = False,
 ) -> PeftParams:
     """`jpeft.wrap` with what PEFT fills in: default targets, the head of the task, the name of the base model.
 
     wrapped: perhaps with no adapter as yet. autocast: whether the adapter is float32, or of its base weights' dtype.
+    abstract: whether it has shapes alone.
     """
-    layouts = {**base.layouts, **(layouts or {})}
-    config = resolved(config, base, wrapped.base, layouts)
-    params = wrapped if wrapped.adapters else wrapped.base
-    if autocast:
-        return jpeft.wrap(params, config, rng=rng, adapter_name=adapter_name, layouts=layouts)
-    dtype = _weight_dtype(wrapped.base, config, layouts)
-    return jpeft.wrap(params, config, rng=rng, adapter_name=adapter_name, layouts=layouts, dtype=dtype)
+    config = resolved(config, base, wrapped.base, base.layouts)
+    options: dict[str, Any] = {} if autocast else {"dtype": _weight_dtype(wrapped.base, config, base.layouts)}
+
+    def added(wrapped: PeftParams) -> PeftParams:
+        params = wrapped if wrapped.adapters else wrapped.base
+        return jpeft.wrap(params, config, rng=rng, adapter_name=adapter_name, layouts=base.layouts, **options)
+
+    if not abstract:
+        return added(wrapped)
+    planned = added(jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), wrapped))
+    adapters = {**wrapped.adapters, adapter_name: planned.adapters[adapter_name]}
+    return dataclasses.replace(planned, base=wrapped.base, adapters=adapters)
 
 
 def resolved(

@@ -5,7 +5,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
+import numpy as np
 
+from jpeft._arrays import shared_names
 from jpeft._contract import Site, method_of
 from jpeft._parameters import is_parameter
 from jpeft._params import Adapter
@@ -13,14 +15,11 @@ from jpeft._paths import last_name, parent
 
 from ._experts_layout import experts_from_file, experts_shape, experts_to_file, nesting
 from ._family import Family
+from ._fields import Format, format_of
 from ._listed import listed
 from ._orientation import from_torch, refuse_stacks, to_torch, torch_layouts, torch_shape
 
 PREFIX = "base_model.model."
-
-# Parameters that are the weight of a small layer in PyTorch; the others are parameters of the adapted layer itself.
-LAYERS = ("lora_A", "lora_B")
-
 
 TOKENS = "token_adapter.trainable_tokens_delta"
 
@@ -30,7 +29,8 @@ class Slot:
     """The place of one tensor in an adapter: `weights[path][name]`, `shared[name]`, `replaced[path]` or `rows[path]`.
 
     shape: the tensor's, in the file. layout: how a replaced leaf is turned to have it. leaf_shape: the leaf's.
-    experts: how many of them the array stacks, if it is that of a stacked parameter.
+    experts: how many of them the array stacks, if it is that of a stacked parameter. integers: the tensor's dtype, if
+    it is wider than the array's.
     """
 
     group: str
@@ -40,14 +40,15 @@ class Slot:
     layout: str | None = None
     leaf_shape: tuple[int, ...] = ()
     experts: int | None = None
+    integers: str | None = None
 
     def take(self, adapter: Adapter) -> Any:
         """The tensor as it is in the file."""
         if self.group == "weights":
             array = adapter.weights[self.path][self.name]
-            return array if self.experts is None else experts_to_file(array, self.name)
+            return self._wide(array) if self.experts is None else experts_to_file(array, self.name)
         if self.group == "shared":
-            return adapter.shared[self.name]
+            return self._wide(adapter.shared[self.name])
         if self.group == "rows":
             return adapter.rows[self.path].values
         return to_torch(adapter.replaced[self.path], self.layout)
@@ -58,6 +59,9 @@ class Slot:
             return experts_from_file(tensor, self.name, self.experts)
         return from_torch(tensor, self.layout, self.leaf_shape)
 
+    def _wide(self, array: Any) -> Any:
+        return array if self.integers is None else np.asarray(array).astype(self.integers)
+
 
 def slots(adapter: Adapter, leaves: Mapping[str, Any], family: Family, layouts: Mapping[str, str]) -> dict[str, Slot]:
     """{key: slot} of all the arrays that an adapter has; the adapter may be abstract.
@@ -66,21 +70,40 @@ def slots(adapter: Adapter, leaves: Mapping[str, Any], family: Family, layouts: 
     """
     refuse_stacks(path for path, site in adapter.sites.items() if site.stack and not _is_expert_stack(site))
     modules = {path: family.module(path) for path in adapter.sites} | nesting(adapter.sites, family)
+    method, form = method_of(adapter.config), format_of(adapter.config)
     entries = [
-        (_weight_key(modules[path], name), _weight_slot(adapter.sites[path], name, tuple(array.shape)))
+        (_weight_key(modules[path], name, form), _weight_slot(adapter.sites[path], name, tuple(array.shape), form))
         for path, arrays in adapter.weights.items()
         for name, array in arrays.items()
-        if name not in method_of(adapter.config).derived
+        if method.in_files(name, adapter.config)
     ]
-    entries += [
-        (f"base_model.{name}", Slot("shared", "", name, tuple(array.shape))) for name, array in adapter.shared.items()
-    ]
+    entries += _shared_slots(adapter, modules, form)
     entries += [
         (f"{PREFIX}{family.module(part.site.path)}.{TOKENS}", Slot("rows", leaf, "", tuple(part.values.shape)))
         for leaf, part in adapter.rows.items()
     ]
     entries += leaf_slots(adapter.replaced, adapter, leaves, family, layouts).items()
     return _table(entries)
+
+
+def _shared_slots(adapter: Adapter, modules: Mapping[str, str], form: Format) -> list[tuple[str, Slot]]:
+    method, config = method_of(adapter.config), adapter.config
+    used = {
+        (path, name): places[0]
+        for path, names in shared_names(adapter).items()
+        for name, places in names.items()
+        if name in form.copies | form.both and method.in_files(name, config)
+    }
+    entries = [(_weight_key(modules[path], name, form), place) for (path, name), place in used.items()]
+    copied = {place for (_, name), place in used.items() if name in form.copies}
+    entries += [
+        (f"base_model.{name}", name) for name in adapter.shared if name not in copied and method.in_files(name, config)
+    ]
+    return [(key, _shared_slot(place, tuple(adapter.shared[place].shape), form)) for key, place in entries]
+
+
+def _shared_slot(name: str, shape: tuple[int, ...], form: Format) -> Slot:
+    return Slot("shared", "", name, shape, integers=form.integers.get(name.partition(".")[0]))
 
 
 def leaf_slots(
@@ -117,14 +140,14 @@ def _is_expert_stack(site: Site) -> bool:
     return is_parameter(site) and len(site.stack) == 1
 
 
-def _weight_slot(site: Site, name: str, shape: tuple[int, ...]) -> Slot:
+def _weight_slot(site: Site, name: str, shape: tuple[int, ...], form: Format) -> Slot:
     if not site.stack:
-        return Slot("weights", site.path, name, shape)
+        return Slot("weights", site.path, name, shape, integers=form.integers.get(name))
     return Slot("weights", site.path, name, experts_shape(shape, name), experts=site.stack[0])
 
 
-def _weight_key(module: str, name: str) -> str:
-    return f"{PREFIX}{module}.{name}{'.weight' if name in LAYERS else ''}"
+def _weight_key(module: str, name: str, form: Format) -> str:
+    return f"{PREFIX}{module}.{name}{'.weight' if form.is_layer(name) else ''}"
 
 
 def _leaf_key(family: Family, path: str, adapter: Adapter) -> str:

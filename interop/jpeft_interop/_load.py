@@ -13,25 +13,29 @@ import numpy as np
 
 import jpeft
 from jpeft import PeftParams
+from jpeft._arrow import with_routes
 from jpeft._contract import method_of
 from jpeft._params import Adapter, is_peft_params
 from jpeft._paths import leaves_by_path
 from jpeft._sites import candidates
 from jpeft._stacks import unstacked
 from jpeft._targets import module_paths
-from jpeft._wrap import derived_arrays
+from jpeft._wrap import completed
 
 from ._config_json import SECOND_NAMES, read_config
+from ._extra_file import with_kept
 from ._family import Family, family_of
 from ._files import read_tensors
 from ._fit import Fitted, fit
 from ._hub import adapter_folder
 from ._keys import PREFIX
 from ._listed import listed
+from ._mismatched import without_mismatched
 from ._pair import find_config, find_pair
 from ._resolve import check_replicated, with_heads
 from ._single_experts import with_stacked_experts
 from ._stacked import restacked_adapter, unstacked_adapter, unstacked_layouts
+from ._topk import lengthened
 
 
 def load_config(name_or_path: str | os.PathLike[str]) -> jpeft.PeftConfig:
@@ -59,6 +63,7 @@ def load_pretrained(
     layouts: Mapping[str, str] | None = None,
     config: jpeft.PeftConfig | None = None,
     key_mapping: Mapping[str, str] | None = None,
+    ignore_mismatched_sizes: bool = False,
 ) -> PeftParams:
     """Parameters with a saved adapter beside them, which PyTorch PEFT or `save_pretrained` wrote.
 
@@ -66,6 +71,8 @@ def load_pretrained(
     adapter trains further; without it nothing does. family: how the tree's names lead to those of the PyTorch model.
     layouts: as for `jpeft.wrap`. config: to be taken instead of the file's. key_mapping: {regular expression:
     replacement}, applied to the file's keys, which are paths of modules then, without `base_model.model.`.
+    ignore_mismatched_sizes: whether tensors of another shape than the model asks for are left out, with a UserWarning
+    that lists them; what they were for begins as `jpeft.wrap` makes it.
     Stacks of layers, named by the slice of their numbers, are filled from the file's single layers, which have to be
     alike. The arrays keep the file's dtypes. Embeddings that the file holds in full,
     because they were resized or are another model's, become part of the adapter.
@@ -85,8 +92,9 @@ def load_pretrained(
         raise TypeError("params has adapters already; expected the base tree, or load_adapter to add another adapter")
     wrapped = PeftParams(base=params, adapters={}, active=())
     return _load(
-        wrapped, name_or_path, adapter_name, is_trainable, family_of(family), layouts or {}, config, key_mapping
-    )
+        wrapped, name_or_path, adapter_name, is_trainable, family_of(family), layouts or {}, config, key_mapping,
+        ignore_mismatched_sizes,
+    )  # fmt: skip
 
 
 def load_adapter(
@@ -99,6 +107,7 @@ def load_adapter(
     layouts: Mapping[str, str] | None = None,
     config: jpeft.PeftConfig | None = None,
     key_mapping: Mapping[str, str] | None = None,
+    ignore_mismatched_sizes: bool = False,
 ) -> PeftParams:
     """The same parameters with one more saved adapter, which waits for `jpeft.set_adapter`.
 
@@ -117,8 +126,9 @@ def load_adapter(
     if not is_peft_params(wrapped):
         raise TypeError(f"expected the PeftParams that jpeft.wrap returns, not a {type(wrapped).__name__}")
     return _load(
-        wrapped, name_or_path, adapter_name, is_trainable, family_of(family), layouts or {}, config, key_mapping
-    )
+        wrapped, name_or_path, adapter_name, is_trainable, family_of(family), layouts or {}, config, key_mapping,
+        ignore_mismatched_sizes,
+    )  # fmt: skip
 
 
 def _load(
@@ -130,6 +140,7 @@ def _load(
     layouts: Mapping[str, str],
     config: jpeft.PeftConfig | None,
     key_mapping: Mapping[str, str] | None,
+    ignore_mismatched_sizes: bool,
 ) -> PeftParams:
     if adapter_name in wrapped.adapters:
         raise ValueError(
@@ -143,15 +154,30 @@ def _load(
     config = with_heads(read_config(files.config) if config is None else config, paths)
     check_replicated(config, paths)
     config = dataclasses.replace(config, inference_mode=not is_trainable)
-    tensors = with_mapped_keys(read_tensors(files.weights), key_mapping or {})
-    _refuse_wide(files.weights, tensors)
+    arrow = getattr(config, "arrow_config", None)
+    if arrow is not None:
+        # What its file holds is plain LoRA; the router itself is made of the adapters that are there.
+        config = dataclasses.replace(config, arrow_config=None)  # pyright: ignore[reportCallIssue]
+    tensors = narrowed(files.weights, with_mapped_keys(read_tensors(files.weights), key_mapping or {}))
     config, tensors = with_stacked_experts(files.weights, config, tensors, layers, paths)
     abstract = dataclasses.replace(wrapped, base=jax.tree.map(_abstract, wrapped.base))
     try:
         planned = jpeft.wrap(abstract, config, adapter_name=adapter_name, layouts=layouts)
     except ValueError as error:
         raise ValueError(f"{files.config} does not fit the parameters: {error}") from error
+    if ignore_mismatched_sizes:
+        tensors = without_mismatched(
+            files.weights,
+            tensors,
+            unstacked_adapter(planned.adapters[adapter_name]),
+            lambda: jpeft.wrap(wrapped, config, adapter_name=adapter_name, layouts=layouts).adapters[adapter_name],
+            layers,
+            family,
+            layouts,
+        )
     adapter = adapter_from(files.weights, tensors, planned.adapters[adapter_name], leaves, family, layouts)
+    if arrow is not None:
+        adapter = with_routes(wrapped, adapter, arrow)
     return dataclasses.replace(planned, base=wrapped.base, adapters={**wrapped.adapters, adapter_name: adapter})
 
 
@@ -168,9 +194,12 @@ def adapter_from(
     path: the file's, for messages. leaves: of the base tree. layouts: with those of single layers. Raises ValueError
     if the tensors do not fit.
     """
+    tensors = lengthened(path, tensors, planned.config)
     layers, single = unstacked(leaves), unstacked_adapter(planned)
     filled = _filled(single, fit(path, tensors, single, layers, family, layouts), tensors)
-    return _with_derived(restacked_adapter(path, filled, planned, layers), leaves)
+    if path.is_file():
+        filled = with_kept(filled, single, path, family)
+    return completed(restacked_adapter(path, filled, planned, layers), planned, leaves)
 
 
 def with_mapped_keys(tensors: Mapping[str, np.ndarray], mapping: Mapping[str, str]) -> dict[str, np.ndarray]:
@@ -198,25 +227,25 @@ def _abstract(leaf: Any) -> Any:
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) if hasattr(leaf, "shape") and hasattr(leaf, "dtype") else leaf
 
 
-def _refuse_wide(path: Path, tensors: Mapping[str, np.ndarray]) -> None:
-    narrowed = [
-        f"{key} {tensor.dtype}"
-        for key, tensor in tensors.items()
-        if jax.dtypes.canonicalize_dtype(tensor.dtype) != tensor.dtype
-    ]
-    if narrowed:
+def narrowed(path: Path, tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The tensors of the file at `path`, with integers that JAX would narrow in the narrower type.
+
+    Raises ValueError for floating-point tensors that JAX would narrow, and for integers that do not fit.
+    """
+    found, refused = dict(tensors), []
+    for key, tensor in tensors.items():
+        dtype = jax.dtypes.canonicalize_dtype(tensor.dtype)
+        if dtype == tensor.dtype:
+            continue
+        if np.issubdtype(dtype, np.integer) and np.array_equal(tensor.astype(dtype), tensor):
+            found[key] = tensor.astype(dtype)
+        else:
+            refused.append(f"{key} {tensor.dtype}")
+    if refused:
         raise ValueError(
-            f"{path}: JAX would narrow {listed(narrowed)}; expected float32 or narrower, or JAX with jax_enable_x64"
+            f"{path}: JAX would narrow {listed(refused)}; expected float32 or narrower, or JAX with jax_enable_x64"
         )
-
-
-def _with_derived(adapter: Adapter, leaves: Mapping[str, Any]) -> Adapter:
-    """The adapter with what its method derives from the base weights, which no file holds."""
-    if not method_of(adapter.config).derived:
-        return adapter
-    own = {path: derived_arrays(leaves[site.leaf], site, adapter.config) for path, site in adapter.sites.items()}
-    weights = {path: {**arrays, **own[path]} for path, arrays in adapter.weights.items()}
-    return dataclasses.replace(adapter, weights=weights)
+    return found
 
 
 def _filled(planned: Adapter, fitted: Fitted, tensors: Mapping[str, np.ndarray]) -> Adapter:
@@ -230,7 +259,8 @@ def _filled(planned: Adapter, fitted: Fitted, tensors: Mapping[str, np.ndarray])
         if slot.group == "weights":
             weights[slot.path][slot.name] = array
         elif slot.group == "shared":
-            shared[slot.name] = array
+            if not np.array_equal(shared.setdefault(slot.name, array), array, equal_nan=True):
+                raise ValueError(f"{key} differs from its copies in other modules; expected one array that they share")
         elif slot.group == "rows":
             rows[slot.path] = dataclasses.replace(planned.rows[slot.path], values=array)
         else:

@@ -21,7 +21,8 @@ def torch_layouts(leaves: Mapping[str, Any], paths: Iterable[str], layouts: Mapp
     >>> torch_layouts({"dense.kernel": jnp.ones((2, 3)), "norm.scale": jnp.ones(3)}, ["dense.kernel"], {})
     {'dense.kernel': 'io'}
     """
-    modules = candidates(leaves, layouts)
+    paths = list(paths)
+    modules = candidates(leaves, layouts) if paths else {}
     by_leaf = {candidate.leaf: candidate for candidate in modules.values()}
     found: dict[str, str | None] = {}
     for path in paths:

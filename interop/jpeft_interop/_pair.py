@@ -5,7 +5,8 @@ config gets its name is the commit: before it the folder holds the old adapter, 
 What is left is to move the new files to their places, and the next save does so if this one was killed. Readers
 here look at the hidden files first. PyTorch PEFT, which does not know them, meets the old adapter or the new one, or,
 killed in the midst of the moves and only if the config changed, no config at all: never one's config with the
-other's weights. Nothing else in the folder is touched. One process may save to a folder at a time.
+other's weights. What is kept beside an adapter (`_extra_file.py`) comes and goes with its weights. Nothing else in the
+folder is touched. One process may save to a folder at a time.
 """
 
 import contextlib
@@ -16,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
+from ._extra_file import NEXT_STATE, STATE_NAME, belongs, write_kept
 from ._files import flush, write_tensors
 
 CONFIG_NAME = "adapter_config.json"
@@ -69,16 +71,22 @@ def is_unfinished(folder: Path) -> bool:
     return (folder / _NEXT_CONFIG).is_file()
 
 
-def write_pair(folder: Path, config: str, tensors: Mapping[str, np.ndarray]) -> None:
+def write_pair(
+    folder: Path, config: str, tensors: Mapping[str, np.ndarray], kept: Mapping[str, np.ndarray] | None = None
+) -> None:
     """Put a new adapter in the folder, in the place of the one that is there.
 
+    kept: tensors for the file beside PEFT's, if there are any.
     Raises OSError if it cannot be written; then the folder holds the old adapter or the new one, whole.
     """
     folder.mkdir(parents=True, exist_ok=True)
     _finish(folder)
     unfinished = folder / (_NEXT_CONFIG + _UNFINISHED)
     try:
+        (folder / NEXT_STATE).unlink(missing_ok=True)
         write_tensors(folder / _NEXT_WEIGHTS, tensors)
+        if kept:
+            write_kept(folder / NEXT_STATE, kept, folder / _NEXT_WEIGHTS)
         unfinished.write_text(config, encoding="utf-8")
         flush(unfinished)
         flush(folder)
@@ -108,6 +116,7 @@ def write_if_absent(path: Path, text: str) -> None:
 def _discard_uncommitted(folder: Path) -> None:
     if not (folder / _NEXT_CONFIG).exists():
         (folder / _NEXT_WEIGHTS).unlink(missing_ok=True)
+        (folder / NEXT_STATE).unlink(missing_ok=True)
         (folder / (_NEXT_CONFIG + _UNFINISHED)).unlink(missing_ok=True)
 
 
@@ -122,5 +131,22 @@ def _finish(folder: Path) -> None:
             flush(folder)
         os.replace(next_weights, folder / WEIGHTS_NAME)
         flush(folder)
+    _finish_kept(folder)
     os.replace(next_config, config)
     flush(folder)
+
+
+def _finish_kept(folder: Path) -> None:
+    state = folder / STATE_NAME
+    if (folder / NEXT_STATE).is_file():
+        os.replace(folder / NEXT_STATE, state)
+        flush(folder)
+    elif state.is_file() and not _is_of(state, folder / WEIGHTS_NAME):
+        state.unlink()
+
+
+def _is_of(state: Path, weights: Path) -> bool:
+    try:
+        return belongs(state, weights)
+    except ValueError:
+        return False

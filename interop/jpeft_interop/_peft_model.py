@@ -4,14 +4,15 @@ import dataclasses
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, ClassVar, Literal
+from functools import partial
+from typing import Any, ClassVar, Literal, Unpack
 
 import jax
 
 import jpeft
 from jpeft import PeftConfig, PeftParams, TaskType
 
-from ._base_model import BaseModel, base_model
+from ._base_model import laid_out
 from ._calling import compiled
 from ._face import (
     Face,
@@ -19,8 +20,10 @@ from ._face import (
     check_combines,
     in_rows,
     in_use,
+    is_convertible,
     merged_in,
     merged_tree,
+    modules_to_save,
     taken_out,
     trained,
     with_enabled,
@@ -28,17 +31,15 @@ from ._face import (
     with_training,
     without,
 )
-from ._face_files import loaded, save_face, write_card
+from ._face_files import check_safe, loaded, save_face, write_card
+from ._forwarding import Tuner, forwarded
+from ._hub import HubOptions
+from ._idle import warn_idle
 from ._inject import injected
-from ._push import push_folder
+from ._invocations import with_found_offsets, with_told_offsets
+from ._push import PushOptions, push_folder
 from ._status import TunerLayerStatus, TunerModelStatus, layer_status, model_status
-
-_CLASSES: dict[TaskType, type["PeftModel"]] = {}
-
-
-def class_for(config: PeftConfig) -> type["PeftModel"]:
-    """The class for the config's task."""
-    return _CLASSES[config.task_type] if isinstance(config.task_type, TaskType) else PeftModel
+from ._task_classes import CLASSES, class_for, of_task
 
 
 class PeftModel:
@@ -60,7 +61,7 @@ class PeftModel:
 
     def __init_subclass__(cls) -> None:
         if cls.task_type is not None:
-            _CLASSES.setdefault(cls.task_type, cls)
+            CLASSES.setdefault(cls.task_type, cls)
 
     def __init__(
         self,
@@ -68,15 +69,16 @@ class PeftModel:
         peft_config: PeftConfig,
         adapter_name: str = "default",
         autocast_adapter_dtype: bool = True,
+        low_cpu_mem_usage: bool = False,
         *,
         rng: jax.Array | None = None,
         layouts: Mapping[str, str] | None = None,
         mixed: bool = False,
     ):
-        base = _base(model, layouts)
-        config = _of_task(peft_config, type(self).task_type)
-        wrapped = injected(_bare(base), base, config, adapter_name, rng=rng, autocast=autocast_adapter_dtype)
-        self._begin(Face(base, wrapped, mixed=mixed))
+        base = laid_out(model, layouts)
+        config = of_task(peft_config, type(self).task_type)
+        self._begin(Face(base, base.bare, mixed=mixed))
+        self._inject(adapter_name, config, rng, autocast_adapter_dtype, low_cpu_mem_usage)
 
     def _begin(self, face: Face) -> None:
         self.face = face
@@ -92,43 +94,59 @@ class PeftModel:
         is_trainable: bool = False,
         config: PeftConfig | None = None,
         autocast_adapter_dtype: bool = True,
-        *,
-        revision: str | None = None,
-        subfolder: str | None = None,
+        ephemeral_gpu_offload: bool = False,
+        low_cpu_mem_usage: bool = False,
         key_mapping: Mapping[str, str] | None = None,
+        *,
+        ignore_mismatched_sizes: bool = False,
+        torch_device: Any = None,
         layouts: Mapping[str, str] | None = None,
+        **hub: Unpack[HubOptions],
     ) -> "PeftModel":
         """A model with a saved adapter, of the class that is for the adapter's task.
 
-        model, layouts: as for `get_peft_model`. model_id: a folder, or a Hub id, of that revision and subfolder.
-        config: in place of the file's. autocast_adapter_dtype: whether an adapter of 16 bits is read as float32.
-        The rest, and what is raised, is as for `load_pretrained`; further ValueError, if the class is for another task.
+        model, layouts: as for `get_peft_model`. model_id: a folder, or a Hub id. config: in place of the file's.
+        autocast_adapter_dtype: whether an adapter of 16 bits is read as float32. low_cpu_mem_usage: always so.
+        ephemeral_gpu_offload, torch_device: of no effect, with a UserWarning. hub: revision, subfolder, token,
+        cache_dir, local_files_only, force_download. The rest, and what is raised, is as for `load_pretrained`; further
+        ValueError, if the class is for another task.
         """
-        base = _base(model, layouts)
+        warn_idle(ephemeral_gpu_offload=ephemeral_gpu_offload or None, torch_device=torch_device)
+        base = laid_out(model, layouts)
         wrapped = loaded(
-            _bare(base), base, model_id, adapter_name, is_trainable=is_trainable, config=config,
-            autocast=autocast_adapter_dtype, revision=revision, subfolder=subfolder, key_mapping=key_mapping,
+            base.bare, base, model_id, adapter_name, is_trainable=is_trainable, config=config, key_mapping=key_mapping,
+            autocast=autocast_adapter_dtype, ignore_mismatched_sizes=ignore_mismatched_sizes, hub=hub,
         )  # fmt: skip
-        found = wrapped.adapters[adapter_name].config
-        _of_task(found, cls.task_type)
-        made = object.__new__(class_for(found) if found.task_type else cls)
+        of_task(wrapped.adapters[adapter_name].config, cls.task_type)
+        kind = class_for(wrapped.adapters[adapter_name].config)
+        made = object.__new__(cls if kind is PeftModel else kind)
         made._begin(Face(base, wrapped))
         return made
 
     # ---- what it computes -------------------------------------------------------------------------------------------
 
-    def __call__(self, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
+    def __call__(
+        self, *args: Any, adapter_names: Sequence[str] | None = None, alora_offsets: Any = None, **kwargs: Any
+    ) -> Any:
         """The model's outputs: one compiled program for a shape of the arrays and for a value of each switch.
 
-        adapter_names: of each row of the batch, "__base__" for none, in place of the active adapters.
+        adapter_names: of each row of the batch, "__base__" for none, in place of the active adapters. alora_offsets:
+        of each row, where activated adapters begin, counted from the end; of a language model its `input_ids` tell.
         """
-        return self._call(in_rows(self.face, adapter_names), *args, **kwargs)
+        params = with_told_offsets(in_rows(self.face, adapter_names), alora_offsets)
+        return self._call(with_found_offsets(params, self.task_type, args, kwargs), *args, **kwargs)
 
-    def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """`FlaxModel.generate` with the adapters; raises TypeError for a model that does not generate."""
+    def generate(
+        self, *args: Any, adapter_names: Sequence[str] | None = None, alora_offsets: Any = None, **kwargs: Any
+    ) -> Any:
+        """`FlaxModel.generate` with the adapters; raises TypeError for a model that does not generate.
+
+        adapter_names, alora_offsets: as for a call of the model.
+        """
         if self.face.base.generate is None:
             raise TypeError(f"{self.face.base.class_name} has no generate; expected a model of jpeft_interop.models")
-        return self.face.base.generate(self.params, *args, **kwargs)
+        params = with_told_offsets(in_rows(self.face, adapter_names), alora_offsets)
+        return self.face.base.generate(params, *args, **kwargs)
 
     @property
     def params(self) -> PeftParams:
@@ -149,7 +167,18 @@ class PeftModel:
         return self.face.base.config
 
     def get_base_model(self) -> Any:
+        """As it was given."""
         return self.face.base.given
+
+    @property
+    def base_model(self) -> Tuner:
+        """`model.base_model.model` is the base model, as in PEFT."""
+        return Tuner(self)
+
+    def __getattr__(self, name: str) -> Any:
+        if name in ("face", "apply", "_call"):  # there is no base model as yet
+            raise AttributeError(name)
+        return forwarded(self.face.base, type(self).__name__, name)
 
     # ---- adapters ---------------------------------------------------------------------------------------------------
 
@@ -173,44 +202,83 @@ class PeftModel:
         return names[0] if len(names) == 1 else names
 
     @property
+    def has_active_enabled_adapter(self) -> bool:
+        """Whether any adapter acts, or would if it were not merged."""
+        return self.face.enabled and bool(self.face.wrapped.active)
+
+    @property
+    def peft_type(self) -> Any:
+        """The method of the adapter in use."""
+        return self.active_peft_config.peft_type
+
+    @property
     def modules_to_save(self) -> set[str] | None:
-        return {
-            name for config in self.peft_config.values() for name in getattr(config, "modules_to_save", None) or ()
-        } or None
+        return modules_to_save(self.face)
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        """Whether `jpeft.convert_to_lora` takes the adapter."""
+        return is_convertible(self.face, adapter_name)
 
     def add_adapter(
         self,
         adapter_name: str,
         peft_config: PeftConfig,
+        low_cpu_mem_usage: bool = False,
         autocast_adapter_dtype: bool = True,
         *,
         rng: jax.Array | None = None,
     ) -> None:
         """A new adapter, which waits for `set_adapter`. Raises ValueError for a taken name or another method."""
         check_combines(self.face, adapter_name, peft_config)
-        config = _of_task(peft_config, type(self).task_type)
-        self._keep(
-            injected(self.face.wrapped, self.face.base, config, adapter_name, rng=rng, autocast=autocast_adapter_dtype)
-        )
+        config = of_task(peft_config, type(self).task_type)
+        self._inject(adapter_name, config, rng, autocast_adapter_dtype, low_cpu_mem_usage)
 
     def load_adapter(
         self,
         model_id: str | os.PathLike[str],
         adapter_name: str,
         is_trainable: bool = False,
+        torch_device: Any = None,
         autocast_adapter_dtype: bool = True,
+        ephemeral_gpu_offload: bool = False,
+        low_cpu_mem_usage: bool = False,
+        key_mapping: Mapping[str, str] | None = None,
         *,
         config: PeftConfig | None = None,
-        revision: str | None = None,
-        subfolder: str | None = None,
-        key_mapping: Mapping[str, str] | None = None,
+        ignore_mismatched_sizes: bool = False,
+        **hub: Unpack[HubOptions],
     ) -> None:
         """A saved adapter, which waits for `set_adapter`; the arguments are those of `from_pretrained`."""
+        warn_idle(ephemeral_gpu_offload=ephemeral_gpu_offload or None, torch_device=torch_device)
         wrapped = loaded(
             self.face.wrapped, self.face.base, model_id, adapter_name, is_trainable=is_trainable, config=config,
-            autocast=autocast_adapter_dtype, revision=revision, subfolder=subfolder, key_mapping=key_mapping,
+            key_mapping=key_mapping, autocast=autocast_adapter_dtype, ignore_mismatched_sizes=ignore_mismatched_sizes,
+            hub=hub,
         )  # fmt: skip
         check_combines(self.face, adapter_name, wrapped.adapters[adapter_name].config)
+        self._keep(wrapped)
+
+    def add_weighted_adapter(
+        self,
+        adapters: Sequence[str],
+        weights: Sequence[Any] | jax.Array,
+        adapter_name: str,
+        combination_type: str = "svd",
+        svd_rank: int | None = None,
+        svd_clamp: float | None = None,
+        svd_full_matrices: bool = True,
+        svd_driver: str | None = None,
+        density: float | None = None,
+        majority_sign_method: str = "total",
+        *,
+        rng: jax.Array | None = None,
+    ) -> None:
+        """A LoRA adapter made of others, which waits for `set_adapter`: `jpeft.add_weighted_adapter`."""
+        warn_idle(svd_full_matrices=None if svd_full_matrices else False, svd_driver=svd_driver)
+        wrapped = jpeft.add_weighted_adapter(
+            self.face.wrapped, adapters, weights, adapter_name, combination_type, svd_rank, svd_clamp, density,
+            majority_sign_method, rng,
+        )  # fmt: skip
         self._keep(wrapped)
 
     def set_adapter(self, adapter_name: str | Sequence[str], inference_mode: bool = False) -> None:
@@ -236,11 +304,17 @@ class PeftModel:
     def disable_adapter(self) -> Iterator[None]:
         """`with model.disable_adapter():` computes with the base model alone."""
         before = self.face.enabled
-        self.face = with_enabled(self.face, False)
+        self.disable_adapters()
         try:
             yield
         finally:
             self.face = with_enabled(self.face, before)
+
+    enable_adapter_layers, disable_adapter_layers = enable_adapters, disable_adapters
+
+    def _inject(self, name: str, config: PeftConfig, rng: jax.Array | None, autocast: bool, abstract: bool) -> None:
+        base = self.face.base
+        self._keep(injected(self.face.wrapped, base, config, name, rng=rng, autocast=autocast, abstract=abstract))
 
     def _keep(self, wrapped: PeftParams) -> None:
         self.face = dataclasses.replace(self.face, wrapped=wrapped)
@@ -259,9 +333,7 @@ class PeftModel:
         """A model of the base's own kind, with the active adapters (or those named) in its weights."""
         return self.face.base.with_params(merged_tree(self.face, adapter_names, safe_merge))
 
-    def unload(self) -> Any:
-        """The base model, as it was given."""
-        return self.face.base.given
+    unload = get_base_model
 
     # ---- what it tells ----------------------------------------------------------------------------------------------
 
@@ -287,71 +359,42 @@ class PeftModel:
     def save_pretrained(
         self,
         save_directory: str | os.PathLike[str],
-        *,
+        safe_serialization: bool = True,
         selected_adapters: Sequence[str] | None = None,
         save_embedding_layers: bool | Literal["auto"] = "auto",
+        is_main_process: bool = True,
         path_initial_model_for_weight_conversion: str | os.PathLike[str] | bool | None = None,
     ) -> None:
-        """Write the adapters and the model card; the arguments are those of `jpeft_interop.save_pretrained`."""
-        save_face(
-            self.face,
-            save_directory,
-            selected_adapters=selected_adapters,
-            save_embedding_layers=save_embedding_layers,
-            initial=path_initial_model_for_weight_conversion,
-        )
-        self.create_or_update_model_card(save_directory)
+        """Write the adapters and the model card; the arguments are those of `jpeft_interop.save_pretrained`.
+
+        safe_serialization=False, pickles, raises ValueError. is_main_process: False writes nothing.
+        """
+        check_safe(safe_serialization)
+        if is_main_process:
+            save_face(
+                self.face, save_directory, selected_adapters=selected_adapters,
+                save_embedding_layers=save_embedding_layers, initial=path_initial_model_for_weight_conversion,
+            )  # fmt: skip
+            self.create_or_update_model_card(save_directory)
 
     def create_or_update_model_card(self, output_dir: str | os.PathLike[str]) -> None:
         """Make README.md, or bring up to date what the Hub reads in it: library, base model, tags."""
-        causal = type(self).task_type == TaskType.CAUSAL_LM
-        write_card(self.face, output_dir, pipeline_tag="text-generation" if causal else None)
+        write_card(self.face, output_dir, self.task_type)
 
     def push_to_hub(
         self,
         repo_id: str,
         *,
-        commit_message: str | None = None,
-        private: bool | None = None,
-        token: str | bool | None = None,
-        revision: str | None = None,
-        create_pr: bool = False,
         selected_adapters: Sequence[str] | None = None,
         save_embedding_layers: bool | Literal["auto"] = "auto",
+        **hub: Unpack[PushOptions],
     ) -> Any:
-        """Upload what `save_pretrained` writes to the Hub; returns what the Hub says of it (`CommitInfo`)."""
+        """Upload what `save_pretrained` writes to the Hub; returns what the Hub says of it (`CommitInfo`).
 
-        def write(folder: str) -> None:
-            self.save_pretrained(
-                folder, selected_adapters=selected_adapters, save_embedding_layers=save_embedding_layers
-            )
-
-        return push_folder(
-            write, repo_id, commit_message=commit_message, private=private, token=token, revision=revision,
-            create_pr=create_pr,
-        )  # fmt: skip
+        hub: commit_message, private, token, revision, create_pr.
+        """
+        options: Any = {"selected_adapters": selected_adapters, "save_embedding_layers": save_embedding_layers}
+        return push_folder(partial(self.save_pretrained, **options), repo_id, **hub)
 
 
-def _base(model: Any, layouts: Mapping[str, str] | None) -> BaseModel:
-    if isinstance(model, PeftModel):
-        raise TypeError(
-            "the model is a PeftModel already; expected a base model (model.unload() gives it), or model.add_adapter"
-        )
-    base = base_model(model)
-    return dataclasses.replace(base, layouts={**base.layouts, **(layouts or {})})
-
-
-def _bare(base: BaseModel) -> PeftParams:
-    return PeftParams(base=base.params, adapters={}, active=())
-
-
-def _of_task(config: PeftConfig, task: TaskType | None) -> PeftConfig:
-    """The config with the task of a class; raises ValueError if it has another one."""
-    if task is None or config.task_type == task:
-        return config
-    if config.task_type is not None:
-        raise ValueError(
-            f"task_type of the config is {str(config.task_type)!r}, and the class is for {str(task)!r}; expected "
-            f"{class_for(config).__name__}, or another config"
-        )
-    return dataclasses.replace(config, task_type=task)
+CLASSES[None] = PeftModel

@@ -9,7 +9,8 @@ import jax
 
 from jpeft import PeftConfig, TaskType
 
-from ._peft_model import PeftModel, class_for
+from ._peft_model import PeftModel
+from ._task_classes import class_for
 
 
 class PeftModelForCausalLM(PeftModel):
@@ -55,6 +56,7 @@ def get_peft_model(
     mixed: bool = False,
     autocast_adapter_dtype: bool = True,
     revision: str | None = None,
+    low_cpu_mem_usage: bool = False,
     *,
     rng: jax.Array | None = None,
     layouts: Mapping[str, str] | None = None,
@@ -65,7 +67,8 @@ def get_peft_model(
     (apply function, params); it stays as it is. peft_config: where it names no target modules, the defaults of PEFT for
     the type of model are taken; the head of its task trains in full. It stays as it is, too: the model has its own, in
     `peft_config`. mixed: whether adapters of other methods may be added. autocast_adapter_dtype: whether the adapter is
-    float32, or else of the dtype of the weights that it is for. revision: of the base model, for the config. rng: key
+    float32, or else of the dtype of the weights that it is for. revision: of the base model, for the config.
+    low_cpu_mem_usage: whether the adapter has shapes alone, until `set_peft_model_state_dict` gives it values. rng: key
     of the initial values. layouts: as for `jpeft.wrap`.
     Raises TypeError for a model of another kind, and as `jpeft.wrap`; warns (UserWarning) if the config names another
     base model or revision.
@@ -79,7 +82,16 @@ def get_peft_model(
     """
     config = _with_revision(peft_config, revision)
     kind = PeftModel if mixed else class_for(config)
-    return kind(model, config, adapter_name, autocast_adapter_dtype, rng=rng, layouts=layouts, mixed=mixed)
+    return kind(
+        model,
+        config,
+        adapter_name,
+        autocast_adapter_dtype,
+        low_cpu_mem_usage,
+        rng=rng,
+        layouts=layouts,
+        mixed=mixed,
+    )
 
 
 def _with_revision(config: PeftConfig, revision: str | None) -> PeftConfig:

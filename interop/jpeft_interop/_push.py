@@ -2,9 +2,19 @@
 
 import tempfile
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypedDict
 
 from ._hub import hub_library
+
+
+class PushOptions(TypedDict, total=False):
+    """As `push_folder` has them."""
+
+    commit_message: str | None
+    private: bool | None
+    token: str | bool | None
+    revision: str | None
+    create_pr: bool
 
 
 def push_folder(

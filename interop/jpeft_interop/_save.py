@@ -21,6 +21,7 @@ from jpeft._targets import module_paths, saved_leaves
 from ._card import model_card
 from ._config_json import SECOND_NAMES, config_dict, to_json
 from ._experts_layout import is_module, with_named_parameters
+from ._extra_file import STATE_NAME, kept_arrays
 from ._family import Family, family_of
 from ._initial import with_plain_lora, writable
 from ._keys import leaf_slots, slots
@@ -31,16 +32,18 @@ from ._resolve import with_heads, with_named_targets
 from ._stacked import is_abstract, unstacked_adapter, unstacked_layouts
 from ._surplus import chosen_embeddings, original_biases, second_names
 from ._tied import tied_tensors
+from ._topk import shortened
 
 CARD_NAME = "README.md"
 
 
 @dataclass(frozen=True)
 class Contents:
-    """What the two files of one adapter will hold."""
+    """What the two files of one adapter will hold, and what is kept beside them."""
 
     config: str
     tensors: Mapping[str, np.ndarray]
+    kept: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
 
 
 def save_pretrained(
@@ -91,7 +94,7 @@ def save_pretrained(
         for name in names
     }
     for name, contents in plans.items():
-        write_pair(root if name == "default" else root / name, contents.config, contents.tensors)
+        write_pair(root if name == "default" else root / name, contents.config, contents.tensors, contents.kept)
     write_if_absent(root / CARD_NAME, model_card(wrapped.adapters[names[0]].config, base_model_name_or_path))
 
 
@@ -113,7 +116,7 @@ def _checked_names(wrapped: PeftParams, selected: Sequence[str] | None) -> list[
 
 
 def _is_folder_name(name: str) -> bool:
-    files = (CONFIG_NAME, WEIGHTS_NAME, PICKLE_NAME, CARD_NAME)
+    files = (CONFIG_NAME, WEIGHTS_NAME, PICKLE_NAME, CARD_NAME, STATE_NAME)
     safe = all(letter.isprintable() and letter not in '/\\:*?"<>|' for letter in name)
     return safe and name.strip(" .") == name and name != "" and name.lower() not in map(str.lower, files)
 
@@ -144,10 +147,12 @@ def contents_of(
     copies = {**second_names(table, family), **adapter.config.extra.get(SECOND_NAMES, {})}
     arrays.update({second: arrays[first] for second, first in copies.items() if first in arrays})
     arrays.update(tied_tensors(arrays, adapter, leaves, family))
+    arrays = shortened(arrays, adapter.config)
     config = _written_config(adapter, leaves, family, layouts)
     if base_model is not None:
         config["base_model_name_or_path"] = str(base_model)
-    return Contents(to_json(config), {key: np.asarray(array) for key, array in arrays.items()})
+    held, kept = ({k: np.asarray(a) for k, a in own.items()} for own in (arrays, kept_arrays(adapter, family)))
+    return Contents(to_json(config), held, kept)
 
 
 def _with_head(adapter: Adapter, leaves: Mapping[str, Any], layouts: Mapping[str, str]) -> Adapter:

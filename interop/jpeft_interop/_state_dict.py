@@ -10,12 +10,16 @@ import numpy as np
 
 from jpeft import PeftParams
 from jpeft._paths import leaves_by_path
+from jpeft._stacks import unstacked
 
 from ._base_model import parameters_of
+from ._face import Face
+from ._face_files import chosen_in
 from ._family import family_of
 from ._load import adapter_from, with_mapped_keys
+from ._mismatched import without_mismatched
 from ._save import contents_of
-from ._stacked import unstacked_layouts
+from ._stacked import unstacked_adapter, unstacked_layouts
 
 
 def get_peft_model_state_dict(
@@ -39,6 +43,8 @@ def get_peft_model_state_dict(
     wrapped = parameters_of(model)
     _check_name(wrapped, adapter_name)
     layouts = _layouts(model, layouts)
+    if save_embedding_layers == "auto" and isinstance(face := getattr(model, "face", None), Face):
+        save_embedding_layers = chosen_in(face, wrapped.adapters[adapter_name])
     contents = contents_of(wrapped, adapter_name, None, family_of(family), layouts, save_embedding_layers)
     return dict(contents.tensors)
 
@@ -51,13 +57,17 @@ def set_peft_model_state_dict(
     family: str = "hf",
     layouts: Mapping[str, str] | None = None,
     key_mapping: Mapping[str, str] | None = None,
+    ignore_mismatched_sizes: bool = False,
+    low_cpu_mem_usage: bool = False,
 ) -> Any:
     """The model with one adapter's values taken from a dict with PEFT's keys.
 
     model: a `PeftModel`, which is changed and returned, or `PeftParams`, which are not. state_dict: numpy, JAX or CPU
     tensors, all that the adapter has and no others. They keep their dtypes. family, layouts, key_mapping: as for
-    `load_pretrained`. Raises ValueError for an unknown adapter name, and if tensors are missing, unexpected or
-    misshapen, all of them in one message.
+    `load_pretrained`. ignore_mismatched_sizes: whether tensors of another shape are left out, with a UserWarning that
+    lists them; the adapter keeps its own. low_cpu_mem_usage: of no effect, for an adapter may be abstract anyhow.
+    Raises ValueError for an unknown adapter name, and if tensors are missing, unexpected or misshapen, all of them in
+    one message.
 
     >>> import jax.numpy as jnp, jpeft
     >>> wrapped = jpeft.wrap({"q": {"kernel": jnp.ones((4, 6))}}, jpeft.LoraConfig(r=2, target_modules=["q"]))
@@ -73,6 +83,10 @@ def set_peft_model_state_dict(
     tensors = {key: np.asarray(tensor) for key, tensor in state_dict.items()}
     planned = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), wrapped.adapters[adapter_name])
     tensors = with_mapped_keys(tensors, key_mapping or {})
+    if ignore_mismatched_sizes:
+        own = wrapped.adapters[adapter_name]
+        single = unstacked_adapter(planned)
+        tensors = without_mismatched(Path("state_dict"), tensors, single, lambda: own, unstacked(leaves), table, known)
     adapter = adapter_from(Path("state_dict"), tensors, planned, leaves, table, known)
     filled = dataclasses.replace(wrapped, adapters={**wrapped.adapters, adapter_name: adapter})
     if isinstance(model, PeftParams):

@@ -89,6 +89,21 @@ def second_names(keys: Iterable[str], family: Family) -> dict[str, str]:
     return {PREFIX + second: PREFIX + first for first, second in pairs if PREFIX + first in keys}
 
 
+def tied_copies(tensors: Iterable[str], whole: Iterable[str]) -> dict[str, str]:
+    """{key of an output layer: key of the table} where a file holds the table in full and, tied to it, the layer.
+
+    whole: keys of the weights that the model has itself.
+
+    >>> tied_copies(["m.lm_head.weight", "m.wte.weight"], ["m.wte.weight"])
+    {'m.lm_head.weight': 'm.wte.weight'}
+    """
+    names, own = list(tensors), set(whole)
+    module = {name: name.removesuffix(".weight").split(".")[-1] for name in names if name.endswith(".weight")}
+    tables = [name for name in module if name in own and module[name] in INPUTS]
+    heads = [name for name in module if name not in own and module[name] in OUTPUTS]
+    return {head: tables[0] for head in heads if len(tables) == 1}
+
+
 def first_name(key: str, keys: Iterable[str]) -> str | None:
     """The key of the tensor that PEFT wrote once more as this one, if it did: biases of modules saved in full.
 

@@ -89,7 +89,7 @@ def verify(directory: str | os.PathLike[str], torch_model: Any = None) -> Report
     return Report(
         directory=folder,
         peft_type=getattr(config.peft_type, "value", str(config.peft_type)),
-        modules=len(_sides(tensors)),
+        modules=len(_sides(tensors) if isinstance(config, jpeft.LoraConfig) else _targets_in(config, tensors)),
         tensors=len(tensors),
         parameters=sum(tensor.size for tensor in tensors.values()),
         dtypes=tuple(sorted({str(tensor.dtype) for tensor in tensors.values()})),
@@ -98,7 +98,32 @@ def verify(directory: str | os.PathLike[str], torch_model: Any = None) -> Report
 
 
 def _problems(config: jpeft.PeftConfig, tensors: Mapping[str, np.ndarray]) -> Iterator[str]:
-    assert isinstance(config, jpeft.LoraConfig)
+    of_lora = isinstance(config, jpeft.LoraConfig)
+    yield from _problems_of_lora(config, tensors) if of_lora else _problems_of_others(config, tensors)
+
+
+def _problems_of_others(config: jpeft.PeftConfig, tensors: Mapping[str, np.ndarray]) -> Iterator[str]:
+    """Of a method whose arrays are not known here: each tensor is of a target, of the whole model, or explained."""
+    shared = [key for key in tensors if not key.startswith(PREFIX)]
+    if not _targets_in(config, tensors) and not shared:
+        yield f"it has no tensor of a module that target_modules={getattr(config, 'target_modules', None)!r} means"
+    rest = [key for key in tensors if key not in shared and not _target_of(key, config)]
+    if unexplained := [key for key in rest if not _is_explained(key, config)]:
+        yield f"keys that the config does not account for: {listed(unexplained)}"
+
+
+def _targets_in(config: jpeft.PeftConfig, tensors: Mapping[str, np.ndarray]) -> set[str]:
+    return {module for module in (_target_of(key, config) for key in tensors) if module}
+
+
+def _target_of(key: str, config: jpeft.PeftConfig) -> str | None:
+    """The target whose tensor a key names; None if it is of none."""
+    names = key.removeprefix(PREFIX).split(".")
+    holders = [".".join(names[:count]) for count in range(1, len(names))]
+    return next((module for module in holders if _is_target(module, config)), None)
+
+
+def _problems_of_lora(config: jpeft.LoraConfig, tensors: Mapping[str, np.ndarray]) -> Iterator[str]:
     sides, misshapen = _sides(tensors), []
     if not sides:
         yield f"it has no tensor {PREFIX}<module>.lora_A.weight"
@@ -124,6 +149,8 @@ def _problems(config: jpeft.PeftConfig, tensors: Mapping[str, np.ndarray]) -> It
     rest = [key for key in tensors if not _LORA.fullmatch(key) and not key.endswith(tuple(own))]
     if unexplained := [key for key in rest if not _is_explained(key, config)]:
         yield f"keys that the config does not account for: {listed(unexplained)}"
+    if config.arrow_config is not None:
+        return  # of a router nothing but its config counts
     if sides and not any(np.any(array) for arrays in sides.values() for side, array in arrays.items() if side == "B"):
         yield "lora_B is zero in every module, so the adapter changes nothing"
     elif sides and not any(np.any(array) for arrays in sides.values() for side, array in arrays.items() if side == "A"):
@@ -140,10 +167,11 @@ def _sides(tensors: Mapping[str, np.ndarray]) -> dict[str, dict[str, np.ndarray]
     return sides
 
 
-def _is_target(module: str, config: jpeft.LoraConfig) -> bool:
-    if module == HEAD and config.ensure_weight_tying:
+def _is_target(module: str, config: Any) -> bool:
+    if module == HEAD and getattr(config, "ensure_weight_tying", False):
         return True
-    return matches(module, config.target_modules or ()) and not matches(module, config.exclude_modules or ())
+    targets, excluded = (getattr(config, name, None) or () for name in ("target_modules", "exclude_modules"))
+    return matches(module, targets) and not matches(module, excluded)
 
 
 def _may_hold_targets(module: str, config: jpeft.LoraConfig) -> bool:
@@ -154,13 +182,14 @@ def _may_hold_targets(module: str, config: jpeft.LoraConfig) -> bool:
     return any(not holder or matches(module, [holder]) for holder in holders)
 
 
-def _is_explained(key: str, config: jpeft.LoraConfig) -> bool:
+def _is_explained(key: str, config: Any) -> bool:
     found = _FULL.fullmatch(key)
     if found is None:
         return False
     if key.endswith(f".{TOKENS}"):
-        return config.trainable_token_indices is not None
+        return getattr(config, "trainable_token_indices", None) is not None
     names = found["path"].split(".")
     holders = [".".join(names[:count]) for count in range(1, len(names) + 1)]
-    bias = key.endswith(".bias") and (config.bias == "all" or (config.bias == "lora_only" and ".base_layer." in key))
+    trained = getattr(config, "bias", "none")
+    bias = key.endswith(".bias") and (trained == "all" or (trained.endswith("_only") and ".base_layer." in key))
     return bias or bool(saved_modules(holders, config)) or names[-1] in EMBEDDINGS or "embed" in names[-1]

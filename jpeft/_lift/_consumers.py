@@ -107,7 +107,7 @@ def _convolved_by_methods(context: Context, equation: Equation, x: jax.Array, we
         )
 
     w = lax.transpose(weight.base, (in_axis, *window, out_axis))
-    base = Base(lambda x: apply(x, w), apply, lambda a: project(a, w))
+    base = Base(lambda x: apply(x, w), apply, lambda a: project(a, w), lambda: w)
     call = chained(context, equation, weight.terms, [term.arrays for term in weight.terms], base)
     y = call(lax.transpose(x, (x_batch, *x_space, x_in)))
     return jnp.moveaxis(y, range(y.ndim), (y_batch, *y_space, y_out))
@@ -178,7 +178,7 @@ def _looked_up_by_methods(
     def apply(ids: jax.Array, table: jax.Array) -> jax.Array:
         return _rows(table, ids[..., None], equation)
 
-    base = Base(lambda ids: apply(ids, table), apply, lambda a: project(a, table))
+    base = Base(lambda ids: apply(ids, table), apply, lambda a: project(a, table), lambda: table)
     call = chained(context, equation, weight.terms, [term.arrays for term in weight.terms], base)
     y = call(ids[..., 0])
     names = tuple(f"x{index}" for index in range(ids.ndim - 1))

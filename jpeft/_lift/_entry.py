@@ -1,14 +1,19 @@
 """From adapters, as they are stored, to the terms that act on each leaf of the base tree."""
 
+import dataclasses
+import functools
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from .._arrays import arrays_at, over_stack
 from .._config import FrozenMapping, TunerConfig
-from .._contract import EMBEDDING, OUTPUT, STACK, VOCABULARY, WINDOW, Method, Site, method_of
+from .._contract import EMBEDDING, OUTPUT, STACK, VOCABULARY, WINDOW, Merge, Method, Site, merged, method_of
 from .._params import Adapter, PeftParams, Rng
 from .._paths import fold_in_name, last_name, leaves_by_path, parent
+from .._sites import canonical
 from .._stacks import layer_paths
 from .._targets import saved_modules
 from .._tokens import TokenRows, row_method
@@ -29,8 +34,10 @@ def terms_by_leaf(wrapped: PeftParams) -> dict[str, tuple[Term, ...]]:
     for name in wrapped.active:
         adapter = wrapped.adapters[name]
         method = method_of(adapter.config)
+        given = _row_inputs(wrapped.context, name, method)
         for path, site in adapter.sites.items():
-            terms[site.leaf] = (*terms.get(site.leaf, ()), _term(name, adapter, method, path, site, rng))
+            term = _with_rows(_term(name, adapter, method, path, site, rng), given)
+            terms[site.leaf] = (*terms.get(site.leaf, ()), term)
         for leaf, part in adapter.rows.items():
             terms[leaf] = (*terms.get(leaf, ()), _row_term(name, adapter, part))
         for path, full in adapter.replaced.items():
@@ -63,11 +70,10 @@ def _full_copy(name: str, adapter: Adapter, path: str, full: jax.Array) -> Term:
 
 
 def _term(name: str, adapter: Adapter, method: Method, path: str, site: Site, rng: Rng | None) -> Term:
-    own = {**adapter.weights.get(path, {}), "scaling": adapter.scaling[path]}
-    own.update({shared: array for shared, array in adapter.shared.items() if shared not in own})
+    own, alike = arrays_at(adapter, path)
     axes = tuple(axis for group in weight_axes(site.layout, site.shape) for axis in group)
     stack = tuple(axis for axis in axes if axis.role == STACK)
-    arrays, labels = (_factors if method.factors else _as_stored)(own, adapter, method, site, axes, stack)
+    arrays, labels = (_factors if method.factors else _as_stored)(own, alike, method, site, axes, stack)
     # As in PEFT: dropout is on the input of a layer, and the input of a lookup is no number.
     if rng is not None and _is_random(method, adapter.config, site):
         key = fold_in_name(rng.key(), f"{name}/{path}")
@@ -76,13 +82,34 @@ def _term(name: str, adapter: Adapter, method: Method, path: str, site: Site, rn
     return Term(arrays, FrozenMapping(labels), method, adapter.config, name, (site,))
 
 
+def _row_inputs(context: Mapping[str, Any], name: str, method: Method) -> dict[str, jax.Array]:
+    """What the call brings for each row, as far as the method of an adapter asks for it."""
+    found = {}
+    for asked in method.row_inputs:
+        value = context.get(asked)
+        array = value.get(name) if isinstance(value, Mapping) else value
+        if array is None:
+            raise ValueError(
+                f"adapter {name!r} needs {asked} for each row of the batch, and the parameters bring none; expected "
+                f"jpeft.with_context(params, {asked}=...)"
+            )
+        found[asked] = array
+    return found
+
+
+def _with_rows(term: Term, given: Mapping[str, jax.Array]) -> Term:
+    """A term with arrays that belong to the rows of the batch and so have none of the weight's axes."""
+    labels = {name: (None,) * jnp.ndim(array) for name, array in given.items()}
+    return dataclasses.replace(term, arrays={**term.arrays, **given}, labels=FrozenMapping({**term.labels, **labels}))
+
+
 def _is_random(method: Method, config: Any, site: Site) -> bool:
     return method.noisy(config) or bool(method.dropout(config) and site.kind != EMBEDDING)
 
 
 def _factors(
     own: dict[str, jax.Array],
-    adapter: Adapter,
+    alike: frozenset[str],
     method: Method,
     site: Site,
     axes: tuple[Axis, ...],
@@ -98,9 +125,7 @@ def _factors(
         assert method.factors is not None
         return method.factors(arrays, site)
 
-    for _ in stack:
-        one = jax.vmap(one, in_axes=({n: None if n in adapter.shared else 0 for n in own},))
-    a, b = one(own)
+    a, b = over_stack(one, site, alike)(own)
     sizes = {axis: axis.size for axis in axes}
     rank = a.shape[len(stack)]
     lead = site.stack
@@ -112,13 +137,13 @@ def _factors(
 
 def _as_stored(
     own: dict[str, jax.Array],
-    adapter: Adapter,
+    alike: frozenset[str],
     method: Method,
     site: Site,
     axes: tuple[Axis, ...],
     stack: tuple[Axis, ...],
 ) -> tuple[dict[str, jax.Array], dict[str, Any]]:
-    lead = {name: () if name in adapter.shared else stack for name in own}
+    lead = {name: () if name in alike else stack for name in own}
     labels = {name: (*lead[name], *(None for _ in range(jnp.ndim(own[name]) - len(lead[name])))) for name in own}
     return dict(own), labels
 
@@ -141,18 +166,22 @@ def replaced_leaves(wrapped: PeftParams) -> dict[str, Any]:
     ]
     leaves = leaves_by_path(wrapped.base) if changed else {}
     for adapter, method, path, site, leaf in changed:
-        own = {**adapter.weights[path], "scaling": adapter.scaling[path]}
-        replaced[leaf] = merged_bias(method, own, replaced.get(leaf, leaves[leaf]), site)
+        own, alike = arrays_at(adapter, path)
+        if method.needs_base:
+            own["base"] = canonical(leaves[site.leaf], site.layout)
+        into = functools.partial(merged, method, adapter.config)
+        replaced[leaf] = merged_bias(into, own, alike, replaced.get(leaf, leaves[leaf]), site)
     return replaced
 
 
-def merged_bias(method: Method, own: dict[str, Any], bias: jax.Array, site: Site) -> jax.Array:
-    """The bias of a method that changes it; its weight takes no part, so it is a placeholder of zeros."""
+def merged_bias(
+    merge_into: Merge, own: dict[str, Any], alike: frozenset[str], bias: jax.Array, site: Site
+) -> jax.Array:
+    """The bias of a method that changes it; the weight that is merged takes no part: it is a placeholder of zeros."""
 
     def one(arrays: dict[str, jax.Array], b: jax.Array) -> jax.Array:
         w = jnp.zeros((site.in_features, *site.window, site.out_features), b.dtype)
-        return method.merge(arrays, w, b.reshape(-1), site)[1]  # type: ignore[return-value]
+        return merge_into(arrays, w, b.reshape(-1), site)[1]  # type: ignore[return-value]
 
-    for _ in site.stack:
-        one = jax.vmap(one)
-    return one(own, jnp.reshape(bias, (*site.stack, -1))).reshape(bias.shape).astype(bias.dtype)
+    biases = jnp.reshape(bias, (*site.stack, -1))
+    return over_stack(one, site, alike, 0)(own, biases).reshape(bias.shape).astype(bias.dtype)

@@ -44,7 +44,8 @@ def explain(function: Callable[..., Any], wrapped: PeftParams, *args: Any, **kwa
     """Say how a lifted function would compute each use of each adapted module; nothing is computed.
 
     function: the plain function, as given to `lift`. Arrays may be `jax.ShapeDtypeStruct`s.
-    Raises TypeError if `wrapped` is not `PeftParams`.
+    Raises TypeError if `wrapped` is not `PeftParams`, and ValueError, as the lifted function, where a weight would have
+    to be merged whose method cannot be.
 
     >>> import jax, jax.numpy as jnp, jpeft
     >>> params = {"dense": {"kernel": jnp.ones((4, 3))}}

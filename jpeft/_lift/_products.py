@@ -86,7 +86,7 @@ def dot_general(context: Context, equation: Equation, inputs: list[Any], needed:
 def _tied(context: Context, equation: Equation, product: Product, x: Any, weight: AdaptedWeight, y: Any) -> Any:
     """The output product of a lookup table. As in PEFT most adapters of the table act on the lookup alone."""
     for term in weight.terms:
-        if term.low_rank and getattr(term.config, "ensure_weight_tying", False):
+        if term.low_rank and term.method.ties(term.config):
             context.use(weight, LOW_RANK, equation, only=term)
             change = functools.partial(_low_rank, context, equation, product, y.dtype, True)
             y = y + unsharded(change, y)(x, term)
@@ -230,6 +230,8 @@ def _general(
     mapped = (*product.batch, *(axis for axis in product.free if axis.role in (STACK, REPEATED)))
     if any(axis.role in (INPUT, OUTPUT) for axis in mapped):
         raise Unsupported("batches over input or output axes")
+    if backwards and not all(term.method.linear for term in weight.terms):
+        raise Unsupported("the transposed weight of a method that is not linear")
     inputs, outputs = of_role(axes, INPUT), of_role(axes, OUTPUT)
     x_mapped = [axis for axis in mapped if axis in product.x_labels]
     summed, made = (outputs, inputs) if backwards else (inputs, outputs)
@@ -244,7 +246,7 @@ def _general(
         return lax.dot_general(x, kernel.astype(x.dtype), (((x.ndim - 1,), (0,)), ((), ())), **numbers)
 
     def forwards(x: jax.Array, w: jax.Array, arrays: list[dict[str, jax.Array]]) -> jax.Array:
-        base = Base(lambda x: apply(x, w), apply, lambda a: project(a, w))
+        base = Base(lambda x: apply(x, w), apply, lambda a: project(a, w), lambda: w)
         return chained(context, equation, weight.terms, arrays, base)(x)
 
     def one(x: jax.Array, w: jax.Array, arrays: list[dict[str, jax.Array]]) -> jax.Array:
@@ -290,8 +292,9 @@ def chained(
 def _general_call(
     context: Context, equation: Equation, term: Term, arrays: dict[str, jax.Array], base: Base, x: jax.Array
 ) -> jax.Array:
-    own = {name: array for name, array in arrays.items() if name != "key"}
-    given: dict[str, Any] = {"config": term.config}
+    asked = term.method.row_inputs
+    own = {name: array for name, array in arrays.items() if name != "key" and name not in asked}
+    given: dict[str, Any] = {"config": term.config, **{name: arrays[name] for name in asked}}
     if "key" in arrays:
         given["rng"] = use_key(context, equation, term, arrays["key"], x)
     return term.method.forward(own, x, base, term.site, given)

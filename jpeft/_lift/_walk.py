@@ -127,4 +127,7 @@ def plain(context: Context, equation: Equation | None, value: Any, reason: str) 
     copied = value.terms and all(term.method is FULL_COPY for term in value.terms)
     how = REPLACED if copied else f"merged: {primitive_name(equation)} ({reason})"
     context.use(value, how, equation)
-    return materialize(value)
+    try:
+        return materialize(value)
+    except ValueError as error:  # of a method that has no merged weight
+        raise ValueError(f"{error} ({how})") from error

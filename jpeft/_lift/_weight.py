@@ -12,7 +12,7 @@ import jax
 from jax import lax
 
 from .._config import FrozenMapping, PeftConfig
-from .._contract import EMBEDDING, INPUT, OUTPUT, STACK, WINDOW, Method, Site, wide_dtype
+from .._contract import EMBEDDING, INPUT, OUTPUT, STACK, WINDOW, Method, Site, merged as one_merged, wide_dtype
 from . import _labels as lab
 from ._jaxpr import unsharded
 
@@ -202,7 +202,7 @@ def _merge_low_rank(
 def _merge_general(merged: jax.Array, own: jax.Array, term: Term, stack: tuple[Axis, ...]) -> jax.Array:
     def one(arrays: dict[str, jax.Array], w: jax.Array, base: jax.Array) -> jax.Array:
         p = {**arrays, "base": base} if term.method.needs_base else arrays
-        return term.method.merge(p, w, None, term.site)[0]
+        return one_merged(term.method, term.config, p, w, None, term.site)[0]
 
     function, arrays = over_stack(one, term, stack, ((0,) * len(stack), (0,) * len(stack)))
     return function(arrays, merged, own)

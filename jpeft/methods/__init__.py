@@ -1,12 +1,28 @@
 """One short file a method; importing this package makes them all known. Variants of LoRA have no name of their own."""
 
 from . import (
+    alora as alora,
+    arrow as arrow,
     bdlora as bdlora,
+    boft as boft,
+    c3a as c3a,
     dora as dora,
+    hra as hra,
+    ia3 as ia3,
     kasa as kasa,
+    loha as loha,
+    lokr as lokr,
     lora_bias as lora_bias,
     mica as mica,
+    miss as miss,
     monteclora as monteclora,
+    oft as oft,
+    psoft as psoft,
+    pvera as pvera,
     qalora as qalora,
+    randlora as randlora,
+    road as road,
+    vblora as vblora,
     velora as velora,
+    vera as vera,
 )

@@ -1,6 +1,7 @@
 """The settings of LoRA's variants: sub-configs under PEFT's names, and which variant a config means."""
 
 import dataclasses
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -100,12 +101,43 @@ class MontecloraConfig:
         _check(self, "buffer_size", self.buffer_size >= 1, "at least 1")
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ArrowConfig:
+    """Arrow: how a router chooses among LoRA adapters, token by token.
+
+    top_k: how many of them act on a token, at least 1. router_temperature: above 0; the higher, the more alike their
+    shares. use_gks: whether general knowledge is subtracted from them (GenKnowSub). task_adapter_names,
+    gks_adapter_names: the adapters, and those of general knowledge, filled in by `jpeft.create_arrow_adapter`.
+    rng_seed: PEFT's, of the start of its iteration for singular vectors; here they are exact.
+
+    >>> ArrowConfig(top_k=2).router_temperature
+    1.0
+    """
+
+    top_k: int = 3
+    router_temperature: float = 1.0
+    use_gks: bool = False
+    task_adapter_names: tuple[str, ...] | list[str] | None = None
+    gks_adapter_names: tuple[str, ...] | list[str] | None = None
+    rng_seed: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("task_adapter_names", "gks_adapter_names"):
+            value = getattr(self, name)
+            if isinstance(value, str):
+                raise TypeError(f"{name} is {value!r}; expected a list of names")
+            object.__setattr__(self, name, None if value is None else tuple(value))
+        _check(self, "top_k", isinstance(self.top_k, int) and self.top_k >= 1, "an integer of at least 1")
+        _check(self, "router_temperature", self.router_temperature > 0, "a positive number")
+
+
 def _check(config: Any, name: str, good: bool, expected: str) -> None:
     if not good:
         raise ValueError(f"{name} of {type(config).__name__} is {getattr(config, name)!r}; expected {expected}")
 
 
 SUB_CONFIGS = {
+    "arrow_config": ArrowConfig,
     "kasa_config": KasaConfig,
     "monteclora_config": MontecloraConfig,
     "use_bdlora": BdLoraConfig,
@@ -113,7 +145,7 @@ SUB_CONFIGS = {
 }
 """The fields of a LoraConfig that hold a config of their own, or None."""
 
-VARIANTS = ("use_dora", "lora_bias", "use_qalora", *SUB_CONFIGS)
+VARIANTS = ("use_dora", "lora_bias", "use_qalora", "alora_invocation_tokens", *SUB_CONFIGS)
 
 
 def check_variants(config: Any) -> None:
@@ -146,6 +178,20 @@ def check_variants(config: Any) -> None:
     size = config.qalora_group_size
     if not isinstance(size, int) or size < 1:
         raise ValueError(f"qalora_group_size is {size!r}; expected an integer of at least 1")
+    tokens = config.alora_invocation_tokens
+    if tokens is not None:
+        _check_invocation(tokens, config.task_type)
+
+
+def _check_invocation(tokens: Any, task_type: Any) -> None:
+    if not isinstance(tokens, tuple) or not all(isinstance(token, int) and token >= 0 for token in tokens):
+        raise ValueError(f"alora_invocation_tokens is {tokens!r}; expected a list of the ids of tokens, or None")
+    if task_type != "CAUSAL_LM":
+        warnings.warn(
+            f"alora_invocation_tokens is given with task_type={getattr(task_type, 'value', None)!r}; PEFT has aLoRA for 'CAUSAL_LM' alone, and "
+            "in models of other tasks without an effect",
+            stacklevel=5,
+        )
 
 
 def _sub_config(name: str, kind: Any, entries: Mapping[str, Any]) -> Any:

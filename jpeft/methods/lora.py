@@ -25,7 +25,7 @@ from ._initialisations import (
     LoraGAConfig,
     settle_initialization,
 )
-from ._lora_config import BdLoraConfig, KasaConfig, MontecloraConfig, VeloraConfig, check_variants
+from ._lora_config import ArrowConfig, BdLoraConfig, KasaConfig, MontecloraConfig, VeloraConfig, check_variants
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -42,7 +42,9 @@ class LoraConfig(TunerConfig):
     uniform, B zero), False (both random), "gaussian", "orthogonal"; of the weight: "pissa", "pissa_niter_<number>",
     "olora"; of data (see their functions): "eva", "corda", "lora_ga", "loftq", with settings in eva_config and so on.
     Variants, at most one (see their files): use_dora, lora_bias, use_bdlora, kasa_config, velora_config,
-    monteclora_config, use_qalora, init_lora_weights="mica".
+    monteclora_config, use_qalora, init_lora_weights="mica"; arrow_config: of a router, which
+    `jpeft.create_arrow_adapter` makes; alora_invocation_tokens: the ids of the tokens from whose
+    last occurrence on the adapter acts.
     Raises ValueError for values out of range.
 
     >>> LoraConfig(r=8, lora_alpha=16, target_modules=["q_proj", "v_proj"]).r
@@ -60,10 +62,12 @@ class LoraConfig(TunerConfig):
     lora_bias: bool = False
     use_bdlora: BdLoraConfig | Mapping[str, Any] | None = None
     kasa_config: KasaConfig | Mapping[str, Any] | None = None
+    arrow_config: ArrowConfig | Mapping[str, Any] | None = None
     velora_config: VeloraConfig | Mapping[str, Any] | None = None
     monteclora_config: MontecloraConfig | Mapping[str, Any] | None = None
     use_qalora: bool = False
     qalora_group_size: int = 16
+    alora_invocation_tokens: tuple[int, ...] | list[int] | None = None
     rank_pattern: Mapping[str, int] = dataclasses.field(default_factory=dict)
     alpha_pattern: Mapping[str, float] = dataclasses.field(default_factory=dict)
     target_parameters: tuple[str, ...] | list[str] | None = None
@@ -149,6 +153,7 @@ LORA = register(
         factors=factors,
         scaling=scaling,
         dropout=lambda config: config.lora_dropout,
+        ties=lambda config: config.ensure_weight_tying,
         kinds=frozenset({LINEAR, EMBEDDING, CONVOLUTION}),
     )
 )

@@ -69,6 +69,7 @@ def _method(applies: Callable[[Any], bool], **kept: Any) -> Any:
         factors=factors,
         scaling=lora.scaling,
         dropout=lambda config: config.lora_dropout,
+        ties=lambda config: config.ensure_weight_tying,
         kinds=frozenset({LINEAR, EMBEDDING}),
         **kept,
     )

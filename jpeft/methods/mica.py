@@ -37,6 +37,7 @@ MICA = register(
         factors=factors,
         scaling=scaling,
         dropout=LORA.dropout,
+        ties=LORA.ties,
         kinds=frozenset(_NAMES),
         frozen=frozenset(names[1] for names in _NAMES.values()),
     ),

@@ -1,9 +1,7 @@
-"""LoRA's variants against PyTorch PEFT: files both ways, training, and several adapters at once."""
+"""LoRA's variants against PyTorch PEFT: files both ways, losses, and several adapters at once."""
 
-import copy
 import dataclasses
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -16,6 +14,7 @@ import jpeft  # noqa: E402
 from jpeft_interop import load_adapter, load_pretrained  # noqa: E402
 from tests.harness import random_like  # noqa: E402
 from tests.interop import test_round_trip as round_trip  # noqa: E402
+from tests.interop.trajectories import qalora_layer  # noqa: E402
 
 TWO_LAYERS = ["q_proj", "down_proj"]
 CASES = {
@@ -110,120 +109,8 @@ def test_qalora_is_what_peft_computes_for_gptq_layers():
     assert {name: array.shape for name, array in weights["layer"].items()} == {"lora_A": (3, 3), "lora_B": (5, 3)}
     wrapped = dataclasses.replace(wrapped, adapters={"default": dataclasses.replace(adapter, weights=weights)})
     x = random_like((2, 7, 12), 4)
-
-    class Layer(torch.nn.Module):
-        in_features, training, scaling, qalora_group_size = 12, False, {"default": 8 / 3}, {"default": 4}
-
-    layer = Layer()
-    layer.lora_dropout = {"default": torch.nn.Identity()}
-    for name, array in weights["layer"].items():
-        linear = torch.nn.Linear(1, 1)
-        linear.weight = torch.nn.Parameter(torch.tensor(np.array(array)))
-        setattr(layer, name, torch.nn.ModuleDict({"default": linear}))
-    layer.eval()
-    variant = peft.tuners.lora.variants.QALoraLinearVariant
-    expected = variant.forward(layer, "default", torch.tensor(np.array(x)), torch.zeros(()))
+    forward, _ = qalora_layer(weights["layer"], 12, 4, 8 / 3)
+    expected = forward(torch.tensor(np.array(x)), torch.zeros(()))
     function = lambda p, x: x @ p["layer"]["kernel"]  # noqa: E731
     for found in (jpeft.lift(function)(wrapped, x), function(jpeft.merge(wrapped), x)):
         np.testing.assert_allclose(found, expected.detach(), rtol=1e-5, atol=1e-6)
-
-
-# ---- training -------------------------------------------------------------------------------------------------------
-
-
-class Net(torch.nn.Module):
-    """A lookup, a convolution and two linear layers."""
-
-    def __init__(self):
-        super().__init__()
-        self.embed = torch.nn.Embedding(11, 6)
-        self.conv = torch.nn.Conv1d(6, 5, 3)
-        self.first = torch.nn.Linear(5, 8)
-        self.second = torch.nn.Linear(8, 4, bias=False)
-
-    def forward(self, ids):
-        x = torch.tanh(self.conv(self.embed(ids).swapaxes(1, 2))).swapaxes(1, 2)
-        return self.second(torch.tanh(self.first(x)))
-
-
-def net(params, ids):
-    x = jnp.swapaxes(params["embed"]["embedding"][ids], 1, 2)
-    numbers = ("NCH", "OIH", "NCH")
-    x = jax.lax.conv_general_dilated(x, params["conv"]["weight"], (1,), "VALID", dimension_numbers=numbers)
-    x = jnp.swapaxes(jnp.tanh(x + params["conv"]["bias"][:, None]), 1, 2)
-    return jnp.tanh(x @ params["first"]["kernel"] + params["first"]["bias"]) @ params["second"]["kernel"]
-
-
-LAYOUTS = {"conv.weight": "oi."}
-
-
-def twin_nets():
-    model = round_trip.randomise(Net(), 3)
-    params = {}
-    for key, tensor in model.state_dict().items():
-        module, name = key.split(".")
-        array = jnp.asarray(tensor.numpy())
-        linear = module in ("first", "second") and name == "weight"
-        name = "embedding" if module == "embed" else "kernel" if linear else name
-        params.setdefault(module, {})[name] = array.T if linear else array
-    return model, params
-
-
-def trained(model, params, settings, folder, steps=10, rate=0.5):
-    """The losses on both sides over some steps of SGD from the same start, and our parameters at the end."""
-    model = round_trip.quietly(peft.get_peft_model, copy.deepcopy(model), peft.LoraConfig(**settings))
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if parameter.requires_grad and "magnitude" not in name:
-                parameter.copy_(0.3 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(len(name))))
-    round_trip.quietly(model.save_pretrained, folder)
-    wrapped = load_pretrained(params, folder, layouts=LAYOUTS, is_trainable=True)
-    ids = np.random.default_rng(0).integers(0, 11, (4, 9))
-    wanted = np.random.default_rng(1).normal(size=(4, 7, 4)).astype(np.float32)
-    lifted, optimizer = jpeft.lift(net), torch.optim.SGD([p for p in model.parameters() if p.requires_grad], rate)
-
-    @jax.jit
-    def step(wrapped):
-        loss, gradient = jpeft.value_and_grad(lambda w: ((lifted(w, ids) - wanted) ** 2).mean())(wrapped)
-        mask = jpeft.trainable_mask(wrapped)
-        return loss, jax.tree.map(lambda t, p, g: p - rate * g if t else p, mask, wrapped, gradient)
-
-    theirs, ours = [], []
-    for _ in range(steps):
-        loss = ((model(torch.tensor(ids)) - torch.tensor(wanted)) ** 2).mean()
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        theirs.append(loss.item())
-        loss, wrapped = step(wrapped)
-        ours.append(float(loss))
-    return model, wrapped, theirs, ours
-
-
-TRAINED = {
-    "dora": {"r": 3, "use_dora": True, "target_modules": ["embed", "conv", "first", "second"]},
-    "lora_bias": {"r": 3, "lora_bias": True, "target_modules": ["conv", "first"]},
-    "mica": {"r": 3, "init_lora_weights": "mica", "target_modules": ["embed", "first", "second"]},
-    "kasa": {"r": 3, "kasa_config": {}, "target_modules": ["first", "second"]},
-    "velora": {"r": 3, "velora_config": {"num_groups": 3}, "target_modules": ["first", "second"]},
-    "velora, random": {
-        "r": 3,
-        "velora_config": {"num_groups": 2, "init_type": "random", "scale": 0.5},
-        "target_modules": ["first", "second"],
-    },
-}
-
-
-@pytest.mark.parametrize("settings", TRAINED.values(), ids=TRAINED)
-def test_ten_steps_of_sgd_go_the_same_way(settings, tmp_path):
-    model, wrapped, theirs, ours = trained(*twin_nets(), settings, tmp_path)
-    assert theirs[-1] < 0.995 * theirs[0]
-    np.testing.assert_allclose(ours, theirs, rtol=1e-3)
-    state = round_trip.quietly(peft.get_peft_model_state_dict, model)
-    for path, arrays in wrapped.adapters["default"].weights.items():
-        for name, array in arrays.items():
-            key = f"base_model.model.{path}.{name}"
-            found = state.get(key, state.get(f"{key}.weight"))
-            # PEFT keeps the last batch's direction there; here each step makes its own.
-            if found is not None and name != "lora_velora_embed":
-                np.testing.assert_allclose(array, found.detach(), rtol=1e-3, atol=1e-3)

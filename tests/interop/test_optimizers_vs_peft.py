@@ -23,7 +23,7 @@ from peft.optimizers import (  # noqa: E402
     lorafa,
 )
 
-STEPS, TOLERANCE = 5, 1e-5
+STEPS, TOLERANCE = 10, 1e-5
 SETTINGS = {"r": 3, "lora_alpha": 7, "rank_pattern": {"layers.1.q": 2}}
 
 

@@ -1,6 +1,13 @@
 """Base models of the Hugging Face families, in Flax NNX: parameters named as in `transformers`, as a plain dict."""
 
 from ._cache import Cache as Cache
+from ._losses import (
+    causal_lm_loss as causal_lm_loss,
+    classification_loss as classification_loss,
+    cross_entropy as cross_entropy,
+    question_answering_loss as question_answering_loss,
+    soft_classification_loss as soft_classification_loss,
+)
 from ._model import FlaxModel as FlaxModel
 from ._outputs import (
     BaseModelOutput as BaseModelOutput,
@@ -13,6 +20,7 @@ from ._outputs import (
     Seq2SeqModelOutput as Seq2SeqModelOutput,
 )
 from ._replication import replicate_layers as replicate_layers
+from ._resize import resize_token_embeddings as resize_token_embeddings
 from .auto import (
     FAMILIES as FAMILIES,
     FlaxAutoModel as FlaxAutoModel,

@@ -23,12 +23,13 @@ class Blueprint:
     config: Any
     graphdef: Any = field(repr=False)
     leaves: Mapping[str, Leaf] = field(repr=False)
+    options: Options = Options()
 
 
 def blueprint(family: Family, architecture: Architecture, config: Any, options: Options) -> Blueprint:
     """Build the network of a config; allocates nothing."""
     graphdef, state = nnx.split(architecture.module(config, options))
-    return Blueprint(family, architecture, config, graphdef, leaves_of(state))
+    return Blueprint(family, architecture, config, graphdef, leaves_of(state), options)
 
 
 def run_network(blueprint: Blueprint, params: Params, given: Mapping[str, Any]) -> Any:

@@ -47,9 +47,14 @@ def take_state_rows(state: State, rows: jax.Array) -> State:
 def right_aligned(input_ids: jax.Array, attention_mask: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Ids and mask `(rows, length)` with each row's padding moved to the left, so that new tokens follow the text."""
     length = input_ids.shape[1]
-    ends = jnp.max(jnp.where(attention_mask != 0, jnp.arange(length) + 1, 0), axis=1)
-    source = (jnp.arange(length)[None] - (length - ends)[:, None]) % length
+    source = (jnp.arange(length, dtype=jnp.int32)[None] - trailing(attention_mask)[:, None]) % length
     return jnp.take_along_axis(input_ids, source, axis=1), jnp.take_along_axis(attention_mask, source, axis=1)
+
+
+def trailing(attention_mask: jax.Array) -> jax.Array:
+    """Of each row the length of the padding after its text, int32 `(rows,)`."""
+    length = attention_mask.shape[1]
+    return length - jnp.max(jnp.where(attention_mask != 0, jnp.arange(length, dtype=jnp.int32) + 1, 0), axis=1)
 
 
 def _start_causal(

@@ -7,6 +7,8 @@ from typing import Any
 import jax.numpy as jnp
 from flax import nnx
 
+from ._losses import ClassificationLoss, classification_loss
+
 
 @dataclass(frozen=True)
 class Options:
@@ -47,7 +49,7 @@ class Family:
     checkpoints into today's. `splits`: (regular expression, replacements) pairs of older tensors that hold several of
     today's, of equal size, one after another along the first axis. `unused`: regular expressions of tensors that no
     class needs. `layouts`: {regular expression of a leaf: layout} for `jpeft.wrap`, where a shape does not tell it.
-    `decodes`: whether its networks keep a cache and can generate.
+    `decodes`: whether its networks keep a cache and can generate. `classification_loss`: of sequences and images.
     """
 
     model_type: str
@@ -62,3 +64,4 @@ class Family:
     unused: tuple[str, ...] = ()
     layouts: Mapping[str, str] = field(default_factory=dict)
     decodes: bool = False
+    classification_loss: ClassificationLoss = classification_loss

@@ -2,7 +2,7 @@
 
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -12,11 +12,12 @@ import numpy as np
 from jax.typing import ArrayLike
 
 import jpeft
+from jpeft._activation import OFFSETS, with_offsets
 from jpeft._mixed import with_rows
 
 from ._beam import Beams, beam_search
 from ._blueprint import Blueprint, run_network
-from ._decoding import SEQ2SEQ, Decoder, LogitsProcessor, causal
+from ._decoding import SEQ2SEQ, Decoder, LogitsProcessor, causal, right_aligned, trailing
 from ._sampling import Draw, Warp, greedy, sample
 
 if TYPE_CHECKING:
@@ -193,6 +194,8 @@ def _compiled(
             return jpeft.lift(call)(with_rows(params, batch), arrays)
 
     decoder = _decoder(blueprint)
+    if isinstance(params, jpeft.PeftParams) and decoder is not SEQ2SEQ:
+        params = _activated(params, prompt, inputs.get("attention_mask"))
     rows, length = prompt.shape
     copies = settings.returned if settings.beams is None else 1
     spread = jnp.repeat(jnp.arange(rows), copies)
@@ -211,6 +214,16 @@ def _compiled(
     return GenerationOutput(
         sample(network, decoder, first, sequences, length, settings.eos, settings.pad, settings.processor, choose, key)
     )
+
+
+def _activated(params: jpeft.PeftParams, prompt: jax.Array, mask: jax.Array | None) -> jpeft.PeftParams:
+    """The parameters with where activated adapters begin, counted from the end of the text, as padding moves left."""
+    ids = prompt if mask is None else right_aligned(prompt, mask)[0]
+    if mask is not None and OFFSETS in params.context:
+        params, moved = with_rows(params, prompt.shape[0]), trailing(mask)
+        given = jax.tree.map(lambda offsets: jnp.maximum(offsets - moved, 0), params.context[OFFSETS])
+        params = replace(params, context={**params.context, OFFSETS: given})
+    return with_offsets(params, ids)
 
 
 def _decoder(blueprint: Blueprint) -> Decoder:

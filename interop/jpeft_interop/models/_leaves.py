@@ -13,9 +13,10 @@ from jax.sharding import Sharding
 from jax.typing import DTypeLike
 
 from jpeft._paths import fold_in_name
+from jpeft._stacks import placed_layers
 
 from ._parameters import Initialiser, Pieces
-from ._pieces import absolute, layer_paths, tensor_shape, tensor_size
+from ._pieces import absolute, tensor_shape, tensor_size
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,7 @@ def initial_value(
 
     A stack of layers has the values that each layer would have by itself.
     """
-    paths = layer_paths(leaf.path)
+    paths = placed_layers(leaf.path)
     keys = jnp.stack([fold_in_name(rng, path) for path in paths.values()])
     stack = leaf.shape[: len(next(iter(paths)))]
     return _sampler(leaf.initial, leaf.shape, len(stack), jnp.dtype(dtype), std, sharding)(keys)

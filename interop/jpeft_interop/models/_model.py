@@ -15,7 +15,10 @@ from ._cache import Cache
 from ._decoding import LogitsProcessor
 from ._generate import GenerationOutput, generate
 from ._leaves import check_paths, flatten
+from ._losses import decoder_inputs, targets_of, with_loss
 from ._saving import write_checkpoint
+
+_DECODER_INPUTS = {"decoder_input_ids", "decoder_inputs_embeds"}
 
 
 # Compared by identity: `jax.jit(model.apply)` hashes the model, and its parameters have no hash.
@@ -34,6 +37,12 @@ class FlaxModel:
     name_or_path: str | None
     blueprint: Blueprint = field(repr=False)
     generation_config: Mapping[str, Any] = field(default_factory=dict, repr=False)
+
+    @property
+    def task(self) -> str:
+        """What the model is for, such as "causal-lm": a key of its family's architectures."""
+        architectures = self.blueprint.family.architectures
+        return next(task for task, own in architectures.items() if own == self.blueprint.architecture)
 
     @property
     def layouts(self) -> Mapping[str, str]:
@@ -58,6 +67,11 @@ class FlaxModel:
         a token; `position_ids`, `token_type_ids (batch, length)`, `decoder_input_ids`, `pixel_values`, ... where the
         model has them. Returns a dataclass with the names of `transformers`: `logits`, or `last_hidden_state`.
 
+        With `labels` (of question answering, `start_positions` and `end_positions`) it has the `loss` of the PyTorch
+        class, too: `causal_lm_loss`, `cross_entropy`, `classification_loss` with the config's problem_type, or
+        `question_answering_loss` of this package. Labels that are -100 do not count. A decoder that is given no input
+        gets the labels, one token later.
+
         The rest is static under jit. `output_hidden_states`: whether to return `hidden_states`. `logits_to_keep`: of
         a causal language model, return the logits of that many last tokens only. `cache_length`: return
         `past_key_values`, a cache with room for so many tokens, to be given with the tokens that follow; their
@@ -72,6 +86,7 @@ class FlaxModel:
         (1, 3, 8)
         """
         given = {name: value for name, value in {"input_ids": input_ids, **inputs}.items() if value is not None}
+        targets = {name: jnp.asarray(given.pop(name)) for name in targets_of(self.task) if name in given}
         static = {
             "past_key_values": past_key_values,
             "cache_length": cache_length,
@@ -80,7 +95,14 @@ class FlaxModel:
         }
         static = {name: value for name, value in static.items() if value is not None}
         self._check_inputs({**given, **static})
-        return run_network(self.blueprint, params, {**{k: jnp.asarray(v) for k, v in given.items()}, **static})
+        if targets and self.task in ("seq2seq-lm", "speech-seq2seq") and not given.keys() & _DECODER_INPUTS:
+            start, pad = self.config.decoder_start_token_id, self.config.pad_token_id
+            given["decoder_input_ids"] = decoder_inputs(targets["labels"], start, pad)
+        output = run_network(self.blueprint, params, {**{k: jnp.asarray(v) for k, v in given.items()}, **static})
+        if not targets:
+            return output
+        classify, problem = self.blueprint.family.classification_loss, self.config_dict.get("problem_type")
+        return with_loss(output, targets, self.task, classify, problem)
 
     def generate(
         self,
@@ -152,14 +174,10 @@ class FlaxModel:
         takes = {*family.inputs, "output_hidden_states"}
         if family.decodes:
             takes |= {"past_key_values", "cache_length"}
-        predicting = [family.architectures.get(task) for task in ("causal-lm", "seq2seq-lm", "speech-seq2seq")]
-        if family.decodes and architecture in predicting:
+        if family.decodes and self.task in ("causal-lm", "seq2seq-lm", "speech-seq2seq"):
             takes |= {"logits_to_keep"}
         if unknown := set(given) - takes:
-            raise TypeError(
-                f"{architecture.name} takes {', '.join(family.inputs)}; "
-                f"got {', '.join(sorted(unknown))} (a loss is computed from the logits, outside the model)"
-            )
+            raise TypeError(f"{architecture.name} takes {', '.join(family.inputs)}; got {', '.join(sorted(unknown))}")
 
     def save_pretrained(
         self, directory: str | Path, params: Params | None = None, *, max_shard_bytes: int = 5 * 10**9

@@ -1,6 +1,6 @@
 """What a model returns: frozen dataclasses registered as pytrees, with the field names of `transformers`.
 
-Fields that a call did not ask for, or that a model does not have, are None.
+Fields that a call did not ask for, or that a model does not have, are None; so is `loss` without labels.
 """
 
 from dataclasses import dataclass
@@ -41,6 +41,7 @@ class LMOutput:
     logits: jax.Array
     past_key_values: Cache | None = None
     hidden_states: HiddenStates = None
+    loss: jax.Array | None = None
 
 
 @jax.tree_util.register_dataclass
@@ -65,6 +66,7 @@ class Seq2SeqLMOutput:
     past_key_values: Cache | None = None
     decoder_hidden_states: HiddenStates = None
     encoder_hidden_states: HiddenStates = None
+    loss: jax.Array | None = None
 
 
 @jax.tree_util.register_dataclass
@@ -74,6 +76,7 @@ class ClassifierOutput:
 
     logits: jax.Array
     hidden_states: HiddenStates = None
+    loss: jax.Array | None = None
 
 
 @jax.tree_util.register_dataclass
@@ -84,6 +87,7 @@ class QuestionAnsweringOutput:
     start_logits: jax.Array
     end_logits: jax.Array
     hidden_states: HiddenStates = None
+    loss: jax.Array | None = None
 
 
 @jax.tree_util.register_dataclass

@@ -4,11 +4,10 @@ An axis of a parameter, or of a part of it, is given by the range of its positio
 """
 
 from collections.abc import Sequence
-from itertools import product
 from math import prod
 from typing import TypeVar
 
-from jpeft._stacks import stacked_numbers
+from jpeft._stacks import placed_layers
 
 from ._parameters import Piece, Pieces
 
@@ -16,25 +15,10 @@ Item = TypeVar("Item")
 Part = tuple[range, ...]
 
 
-def layer_paths(path: str) -> dict[tuple[int, ...], str]:
-    """The paths of the single layers that a leaf stacks, by their places in the stack; `()` if it stacks none.
-
-    >>> layer_paths("layers.1:4:2.kernel"), layer_paths("norm.scale")
-    ({(0,): 'layers.1.kernel', (1,): 'layers.3.kernel'}, {(): 'norm.scale'})
-    """
-    names = path.split(".")
-    stacks = {at: numbers for at, name in enumerate(names) if (numbers := stacked_numbers(name)) is not None}
-    paths = {}
-    for places in product(*(range(len(numbers)) for numbers in stacks.values())):
-        named = {at: str(numbers[place]) for (at, numbers), place in zip(stacks.items(), places, strict=True)}
-        paths[places] = ".".join(named.get(at, name) for at, name in enumerate(names))
-    return paths
-
-
 def absolute(pieces: Pieces, path: str) -> Pieces:
     """Pieces of one layer, named from its module, as pieces of the leaf at `path`, named from the model."""
     found = []
-    for places, layer in layer_paths(path).items():
+    for places, layer in placed_layers(path).items():
         module, dot, _ = layer.rpartition(".")
         found += [Piece(f"{module}{dot}{piece.name}", (*places, *piece.index), piece.axes) for piece in pieces]
     return tuple(found)

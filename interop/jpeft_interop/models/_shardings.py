@@ -7,7 +7,7 @@ from typing import Any
 
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from ._pieces import layer_paths
+from jpeft._stacks import placed_layers
 
 Rules = Sequence[tuple[str, PartitionSpec]] | Callable[[str, tuple[int, ...]], PartitionSpec]
 """`(regular expression of a path, spec)` pairs of which the first that fits counts, or `(path, shape) -> spec`."""
@@ -55,7 +55,7 @@ def placement(mesh: Mesh | None, rules: Rules | None) -> Placement:
 
 def _stack(path: str) -> tuple[int, str]:
     """The number of a leaf's leading axes that stack layers, and the path of the first layer."""
-    places, layer = next(iter(layer_paths(path).items()))
+    places, layer = next(iter(placed_layers(path).items()))
     return len(places), layer
 
 

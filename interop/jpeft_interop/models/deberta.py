@@ -20,6 +20,7 @@ from ._convolution import Conv
 from ._encoder import counted, encoder_family, positions_of, run_encoder, scores
 from ._family import Options
 from ._layers import Embed, LayerNorm, Linear, embed_tokens
+from ._losses import soft_classification_loss
 from ._outputs import BaseModelOutput, ClassifierOutput, LMOutput
 from ._parameters import parameter, whole, zeros
 from ._stack import layers
@@ -352,4 +353,5 @@ DEBERTA_V2 = encoder_family(
     heads=("cls", "lm_predictions", "mask_predictions", "pooler", "classifier", "qa_outputs"),
     unused=(r"embeddings\.position_embeddings\.",),
     layouts={r".*encoder\.conv\.conv\.kernel": ".io"},
+    classification_loss=soft_classification_loss,
 )

@@ -120,11 +120,16 @@ def test_saving_again_in_another_form_removes_the_first(folder):
 def test_param_dtype_and_dtype(folder):
     model = FlaxAutoModelForCausalLM.from_pretrained(folder, param_dtype="bfloat16")
     assert {leaf.dtype for leaf in jax.tree.leaves(model.params)} == {jnp.dtype("bfloat16")}
-    assert model.apply(model.params, IDS).logits.dtype == jnp.bfloat16
+    assert logits(model, IDS).dtype == jnp.bfloat16
     wide = FlaxAutoModelForCausalLM.from_pretrained(folder, dtype=jnp.bfloat16)
     assert {leaf.dtype for leaf in jax.tree.leaves(wide.params)} == {jnp.dtype("float32")}
-    assert wide.apply(wide.params, IDS).logits.dtype == jnp.bfloat16
-    assert wide.apply(wide.params, inputs_embeds=jnp.ones((1, 3, 8))).logits.dtype == jnp.bfloat16
+    assert logits(wide, IDS).dtype == jnp.bfloat16
+    assert logits(wide, inputs_embeds=jnp.ones((1, 3, 8))).dtype == jnp.bfloat16
+
+
+def logits(model, *args, **inputs):
+    """Their shape and type."""
+    return jax.eval_shape(lambda params: model.apply(params, *args, **inputs).logits, model.params)
 
 
 def test_float64_tensors_become_float32(folder):
@@ -674,10 +679,11 @@ def test_number_of_labels():
         ({"inputs_embeds": np.ones((2, 4, 9))}, ValueError, r"inputs_embeds must be \(batch, length, 8\)"),
         ({"input_ids": IDS, "attention_mask": np.ones((2, 3))}, ValueError, r"attention_mask must be .* = \(2, 4\)"),
         ({"input_ids": IDS, "position_ids": np.ones((3, 4))}, ValueError, r"position_ids must be \(2, 4\) or \(1, 4\)"),
+        ({"input_ids": IDS, "end_positions": IDS[:, 0]}, TypeError, "takes input_ids, .*; got end_positions"),
         (
-            {"input_ids": IDS, "labels": IDS},
-            TypeError,
-            "takes input_ids, attention_mask.*; got labels .a loss is computed",
+            {"input_ids": IDS, "labels": IDS[:, 1:]},
+            ValueError,
+            r"labels have the shape \(2, 3\); expected \(2, 4\) for",
         ),
     ],
 )
@@ -696,15 +702,15 @@ def test_too_long_for_bert():
 
 def test_sequence_classification_needs_a_pad_token():
     model = FlaxAutoModelForSequenceClassification.from_config({**LLAMA, "pad_token_id": None})
-    assert model.apply(model.params, IDS[:1]).logits.shape == (1, 2)
+    assert logits(model, IDS[:1]).shape == (1, 2)
     with pytest.raises(ValueError, match="no pad_token_id, so the ends of 2 sequences cannot be found"):
-        model.apply(model.params, IDS)
+        logits(model, IDS)
 
 
 def test_an_id_outside_the_vocabulary_is_not_clamped():
     model = llama()
-    logits = model.apply(model.params, np.array([[1, 2], [1, 23]])).logits
-    assert np.isfinite(logits[0]).all() and np.isnan(logits[1, 1]).all()
+    found = jax.jit(model.apply)(model.params, np.array([[1, 2], [1, 23]])).logits
+    assert np.isfinite(found[0]).all() and np.isnan(found[1, 1]).all()
 
 
 def test_params_of_another_structure(tmp_path):
@@ -724,16 +730,14 @@ def test_params_of_another_shape_are_not_saved(tmp_path):
         model.save_pretrained(tmp_path, params)
 
 
-@pytest.mark.parametrize("dtype", [bool, np.int8, np.float32])
 @pytest.mark.parametrize("config", [MISTRAL, BERT])
-def test_attention_mask_of_any_dtype(config, dtype):
+def test_attention_mask_of_any_dtype(config):
     model = FlaxAutoModel.from_config(config, param_dtype=jnp.bfloat16)
-    mask = np.array([[1, 1, 1, 1], [1, 1, 0, 0]])
-    masked = model.apply(model.params, IDS, attention_mask=mask.astype(dtype)).last_hidden_state
-    alone = model.apply(model.params, IDS[1:, :2]).last_hidden_state
-    np.testing.assert_allclose(
-        np.asarray(masked[1:, :2], np.float32), np.asarray(alone, np.float32), rtol=0.02, atol=0.02
-    )
+    mask, apply = np.array([[1, 1, 1, 1], [1, 1, 0, 0]]), jax.jit(model.apply)
+    alone = np.asarray(apply(model.params, IDS[1:, :2]).last_hidden_state, np.float32)
+    for dtype in (bool, np.int8, np.float32):
+        masked = apply(model.params, IDS, attention_mask=mask.astype(dtype)).last_hidden_state
+        np.testing.assert_allclose(np.asarray(masked[1:, :2], np.float32), alone, rtol=0.02, atol=0.02)
 
 
 @pytest.mark.parametrize("auto, config", [(FlaxAutoModelForCausalLM, LLAMA), (FlaxAutoModelForMaskedLM, BERT)])
