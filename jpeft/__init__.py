@@ -1,6 +1,12 @@
 """Parameter-efficient fine-tuning for JAX: adapters beside any parameter tree, in PEFT's file format."""
 
 from ._activation import alora_offsets as alora_offsets
+from ._adalora import (
+    adalora_orthogonality_loss as adalora_orthogonality_loss,
+    adalora_rank_allocator as adalora_rank_allocator,
+    adalora_sliced as adalora_sliced,
+)
+from ._adamss import adamss_allocation as adamss_allocation
 from ._adapters import (
     delete_adapter as delete_adapter,
     rename_adapter as rename_adapter,
@@ -31,6 +37,7 @@ from ._optimizers import (
     create_loraplus_optimizer as create_loraplus_optimizer,
     create_riemannian_optimizer as create_riemannian_optimizer,
 )
+from ._osf import osf_gradient_projection as osf_gradient_projection
 from ._params import Adapter as Adapter, PeftParams as PeftParams
 from ._population import (
     population_axes as population_axes,
@@ -59,6 +66,7 @@ from ._train import (
 from ._weighted import add_weighted_adapter as add_weighted_adapter
 from ._wrap import disable_adapters as disable_adapters, set_adapter as set_adapter, unwrap as unwrap, wrap as wrap
 from .methods import lora_residual as _lora_residual  # noqa: F401 (its methods register themselves)
+from .methods._frod_config import FrodConfig as FrodConfig
 from .methods._initialisations import (
     CordaConfig as CordaConfig,
     EvaConfig as EvaConfig,
@@ -72,20 +80,39 @@ from .methods._lora_config import (
     MontecloraConfig as MontecloraConfig,
     VeloraConfig as VeloraConfig,
 )
+from .methods.adalora import AdaLoraConfig as AdaLoraConfig
+from .methods.adamss import AdamssConfig as AdamssConfig
+from .methods.beft import BeftConfig as BeftConfig
 from .methods.boft import BOFTConfig as BOFTConfig
 from .methods.c3a import C3AConfig as C3AConfig
+from .methods.deft import DeftConfig as DeftConfig
+from .methods.delora import DeloraConfig as DeloraConfig
+from .methods.fourierft import FourierFTConfig as FourierFTConfig
+from .methods.glora import GloraConfig as GloraConfig
+from .methods.gralora import GraloraConfig as GraloraConfig
+from .methods.hira import HiraConfig as HiraConfig
 from .methods.hra import HRAConfig as HRAConfig
 from .methods.ia3 import IA3Config as IA3Config
 from .methods.kasa import kasa_loss as kasa_loss
+from .methods.lily import LilyConfig as LilyConfig
+from .methods.ln_tuning import LNTuningConfig as LNTuningConfig
 from .methods.loha import LoHaConfig as LoHaConfig
 from .methods.lokr import LoKrConfig as LoKrConfig
 from .methods.lora import LoraConfig as LoraConfig
 from .methods.miss import MissConfig as MissConfig
 from .methods.monteclora import monteclora_loss as monteclora_loss
 from .methods.oft import OFTConfig as OFTConfig, oft_projection as oft_projection
+from .methods.osf import OSFConfig as OSFConfig
+from .methods.peanut import PeanutConfig as PeanutConfig
 from .methods.psoft import PsoftConfig as PsoftConfig
 from .methods.pvera import PveraConfig as PveraConfig
 from .methods.randlora import RandLoraConfig as RandLoraConfig
 from .methods.road import RoadConfig as RoadConfig
+from .methods.shira import ShiraConfig as ShiraConfig
+from .methods.supertuning import SupertuningConfig as SupertuningConfig
+from .methods.tinylora import TinyLoraConfig as TinyLoraConfig
+from .methods.trainable_tokens import TrainableTokensConfig as TrainableTokensConfig
+from .methods.unilora import UniLoraConfig as UniLoraConfig
 from .methods.vblora import VBLoRAConfig as VBLoRAConfig
 from .methods.vera import VeraConfig as VeraConfig
+from .methods.waveft import WaveFTConfig as WaveFTConfig

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from ._contract import STACK, Method, Site, method_of
 from ._order import module_order
 from ._params import Adapter, Sites
-from ._sites import canonical
+from ._sites import canonical, checked_weight
 from ._stacks import layer_sites
 
 Weights = dict[str, dict[str, Any]]
@@ -131,7 +131,7 @@ def with_derivation(
         own, alike = arrays_at(adapter, path)
 
         def one(p: Mapping[str, Any], w: jax.Array, site: Site = site) -> dict[str, jax.Array]:
-            return derive(p, single_sites(site)[0], adapter.config, lambda: w)
+            return derive(p, single_sites(site)[0], adapter.config, lambda: checked_weight(w, site))
 
         known = {name: array for name, array in own.items() if name not in method.derived}
         made = over_stack(one, site, alike, 0)(known, canonical(leaves[path], site.layout))
@@ -141,7 +141,7 @@ def with_derivation(
 
 
 def _weight(leaf: Any, site: Site, index: int) -> jax.Array:
-    whole = canonical(leaf, site.layout)
+    whole = canonical(checked_weight(leaf, site), site.layout)
     return whole.reshape(-1, *whole.shape[len(site.stack) :])[index] if site.stack else whole
 
 

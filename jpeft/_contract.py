@@ -85,12 +85,14 @@ class Base:
     `base.apply(x, kernel)` is the same operation (product, convolution, lookup) with another canonical kernel
     `(in, *window, features)`. `base.project(a)` contracts rows `a (rank, in, *window)` with the base weight itself,
     whatever other adapters act on it: `(rank, out)`, float32 or wider. `base.weight()` is that weight, canonical.
+    `base.alone`: whether no other adapter has acted on what `base(x)` gives.
     """
 
     call: Callable[[jax.Array], jax.Array]
     apply: Callable[[jax.Array, jax.Array], jax.Array]
     project: Callable[[jax.Array], jax.Array]
     weight: Callable[[], jax.Array]
+    alone: bool = True
 
     def __call__(self, x: jax.Array) -> jax.Array:
         return self.call(x)
@@ -136,16 +138,23 @@ class Method:
     together(key, sites, config, weights) -> (shared, {path: {name: array}}), instead of `init`, for a method whose
     modules depend on one another: sites and weights by path, single modules in PyTorch's order; `shared` holds arrays
     that many modules use. uses(sites, config) -> {path: {name in p: name in shared}}; None: all, by their own names.
+    ordered(config): whether files of this config name or leave out arrays by the places of the modules in that order.
     derive(p, site, config, weight) -> {name: array}: the derived arrays, of all the others.
-    changes_bias: whether merge returns another bias. needs_base: whether merge is to get the base weight itself as
-    `p["base"]`, beside `w`, into which other adapters may have been merged; needs_config: whether it is to get the
+    drops_lookups: whether dropout acts on what is looked up of the first factor of a table, which has no input to drop.
+    changes_bias: whether merge returns another bias. reads_bias: whether the weight() of `init` is to give a pair, the
+    weight and the bias (out,), or None where there is none. needs_base: whether merge is to get the base weight itself
+    as `p["base"]`, beside `w`, into which other adapters may have been merged; needs_config: whether it is to get the
     config as `p["config"]`, for what the arrays' shapes do not tell.
     noisy(config): whether training needs a key besides that for dropout.
+    ranked: what a key of the config's rank_pattern has after the path of a module.
     by_path: whether the shapes that init gives depend on more of the module's path than the patterns of the config.
     linear: whether forward is linear in x; where it is not, products with the transposed weight are refused.
     Where a model uses a table as its output layer, too: ties(config): whether the factors of the table act there;
     tied(p, x, y, site), without them: what y = x Wᵀ becomes; None: what it is.
+    searched: fields of the config, patterns, whose keys may be found anywhere in a path (`_patterns.search_value`).
     row_inputs: {name: RowInput} that a call has to bring; a `forward` without factors finds the arrays in `context`.
+    in_full: whether copies of the targeted modules train in their place; rows(config): which rows of the targeted
+    tables do. A method with one of the two adapts no module: it is made by `without_sites`.
     """
 
     config: type[PeftConfig]
@@ -162,16 +171,28 @@ class Method:
     precious: frozenset[str] = frozenset()
     together: Together | None = None
     uses: Uses | None = None
+    ordered: Callable[[Any], bool] = lambda config: False
     derive: Derive | None = None
+    drops_lookups: bool = False
     changes_bias: bool = False
+    reads_bias: bool = False
     needs_base: bool = False
     needs_config: bool = False
     noisy: Callable[[Any], bool] = lambda config: False
+    ranked: str = ""
     by_path: bool = False
     linear: bool = True
     ties: Callable[[Any], bool] = lambda config: False
     tied: Callable[[Arrays, jax.Array, jax.Array, Site], jax.Array] | None = None
+    searched: frozenset[str] = frozenset()
     row_inputs: Mapping[str, RowInput] = FrozenMapping()
+    in_full: bool = False
+    rows: Callable[[Any], tuple[int, ...]] | None = None
+
+    @property
+    def has_sites(self) -> bool:
+        """Whether it adapts modules, and does not train parts of the base themselves."""
+        return not self.in_full and self.rows is None
 
     @property
     def fixed(self) -> frozenset[str]:
@@ -221,6 +242,16 @@ def additive(*, delta: Callable[[Arrays, Site], jax.Array], **fields: Any) -> Me
     return Method(forward=forward, merge=merge, **fields)
 
 
+def without_sites(**fields: Any) -> Method:
+    """A method that trains a part of the base itself, which `in_full` or `rows` says; the engine puts it in place."""
+    return Method(
+        forward=lambda p, x, base, site, context: base(x),
+        merge=lambda p, w, b, site: (w, b),
+        kinds=frozenset(),
+        **fields,
+    )
+
+
 def dropped(x: jax.Array, context: Mapping[str, Any]) -> jax.Array:
     """The input of `forward` with entries dropped at the method's rate and the rest scaled up; without a key itself."""
     rate = method_of(context["config"]).dropout(context["config"])
@@ -239,6 +270,25 @@ def project(a: jax.Array, w: jax.Array) -> jax.Array:
 def wide_dtype(dtype: Any) -> Any:
     """The type that weights are merged in: float32, or the weight's own type if that is wider."""
     return dtype if jnp.finfo(dtype).bits > 32 else jnp.dtype(jnp.float32)
+
+
+def is_quantised(dtype: Any) -> bool:
+    """Whether what has this dtype is no weight yet, but codes that become one when their scale is applied.
+
+    >>> is_quantised(jnp.int8), is_quantised(jnp.float8_e4m3fn), is_quantised(jnp.bfloat16)
+    (True, True, False)
+    """
+    return not jnp.issubdtype(dtype, jnp.inexact) or jnp.finfo(dtype).bits <= 8
+
+
+def wider(first: Any, second: Any) -> Any:
+    """The narrowest dtype that holds both, under strict dtype promotion, too, where JAX will not say.
+
+    >>> wider(jnp.bfloat16, jnp.float32)
+    dtype('float32')
+    """
+    with jax.numpy_dtype_promotion("standard"):
+        return jnp.promote_types(first, second)
 
 
 _METHODS: dict[type[PeftConfig], list[tuple[Callable[[Any], bool], Method]]] = {}

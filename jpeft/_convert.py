@@ -8,16 +8,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ._arrays import arrays_at, over_stack
 from ._config import PeftType, TunerConfig
 from ._contract import Site, config_class, method_of, wide_dtype
 from ._low_rank import as_arrays, as_matrices, is_plain_lora, largest_rank, padded, product_svd, truncated
-from ._merge import merge
-from ._params import Adapter, PeftParams, Sites
+from ._merge import merged_at
+from ._params import Adapter, PeftParams
 from ._paths import leaves_by_path
 from ._retarget import copied, selecting
 from ._sites import canonical
 from ._stacks import layer_paths
-from ._wrap import check_name, checked_names, checked_params
+from ._wrap import cast_floating, check_name, checked_names, checked_params
 
 Decomposition = tuple[jax.Array, jax.Array, jax.Array]
 
@@ -34,7 +35,7 @@ def convert_to_lora(
     it is; modules saved in full come along. Linear layers, lookup tables and convolutions, of any method that can be
     merged, LoRA itself too (to lower its rank).
     Raises ValueError for unknown names, a rank out of range, and trained biases; TypeError for a method that
-    changes biases, or modules of a kind that LoRA does not act on.
+    changes biases or adapts no module, or modules of a kind that LoRA does not act on.
 
     >>> import jpeft
     >>> config = jpeft.LoraConfig(r=4, init_lora_weights=False, target_modules=["query"])
@@ -46,8 +47,8 @@ def convert_to_lora(
     (name,) = checked_names(checked_params(wrapped), adapter_name)
     check_name(new_name, wrapped.adapters)
     adapter = wrapped.adapters[name]
-    _check_rank(rank, adapter.sites)
     check_convertible(name, adapter)
+    _check_rank(rank, adapter.sites)
     leaves = leaves_by_path(wrapped.base)
     weights, ranks = {}, {}
     with jax.default_matmul_precision("highest"):
@@ -81,6 +82,8 @@ def check_convertible(name: str, adapter: Adapter) -> None:
     method, bias = method_of(adapter.config), getattr(adapter.config, "bias", "none")
     if bias != "none":
         raise ValueError(f"adapter {name!r} has bias={bias!r}; expected 'none', for LoRA would lose its trained biases")
+    if not adapter.sites:
+        raise TypeError(f"adapter {name!r} with its {type(adapter.config).__name__} adapts no module that LoRA could")
     kinds = method_of(config_class(PeftType.LORA)()).kinds
     odd = [f"{path!r} ({site.kind})" for path, site in adapter.sites.items() if site.kind not in kinds]
     if method.changes_bias or odd:
@@ -95,24 +98,26 @@ def _decomposed(adapter: Adapter, site: Site, leaves: Mapping[str, Any]) -> Deco
         wide = wide_dtype(a.dtype)
         scaling = adapter.scaling[site.path][..., None, None].astype(wide)
         return product_svd(a.astype(wide) * scaling, b.astype(wide))
+    factors = method_of(adapter.config).factors
+    if factors is not None:
+        arrays, alike = arrays_at(adapter, site.path)
+        dtype = wide_dtype(jax.dtypes.canonicalize_dtype(leaves[site.leaf].dtype))
+        wide = {name: cast_floating(array, dtype) for name, array in arrays.items()}
+        a, b = over_stack(lambda p: factors(p, site), site, alike)(wide)
+        if a.shape[len(site.stack)] <= largest_rank(site):
+            a = a.reshape(*a.shape[: len(site.stack) + 1], -1)
+            return product_svd(a, jnp.swapaxes(b, -1, -2))
     u, s, vh = jnp.linalg.svd(_change(adapter, site, leaves), full_matrices=False)
     return u, s, vh
 
 
 def _change(adapter: Adapter, site: Site, leaves: Mapping[str, Any]) -> jax.Array:
-    own = {path: jnp.asarray(leaves[path]) for path in (site.leaf, site.bias) if path is not None}
+    """What a method that may depend on the weight makes of it, less the weight."""
+    leaf = jnp.asarray(leaves[site.leaf])
     # In float32 or wider: rounding to the weight's own bfloat16 would be taken for a change.
-    base = {path: leaf.astype(wide_dtype(leaf.dtype)) for path, leaf in own.items()}
-    path = site.path
-    alone = dataclasses.replace(
-        adapter,
-        weights={path: adapter.weights[path]},
-        scaling={path: adapter.scaling[path]},
-        replaced={},
-        sites=Sites({path: site}),
-    )
-    merged = merge(PeftParams(base=base, adapters={"alone": alone}, active=("alone",)))
-    change = canonical(merged[site.leaf] - base[site.leaf], site.layout)
+    base = leaf.astype(wide_dtype(leaf.dtype))
+    merged, _ = merged_at(adapter, site.path, base, None, base)
+    change = canonical(merged - base, site.layout)
     axes = len(site.stack)
     return jnp.swapaxes(change.reshape(*change.shape[:axes], -1, change.shape[-1]), -1, -2)
 

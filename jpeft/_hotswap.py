@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-from ._contract import Method, Site, method_of
+from ._contract import Method, Site, method_of, wider
 from ._mixed import MixedConfig
 from ._params import Adapter, PeftParams, Sites, is_peft_params
 from ._patterns import matches, value_for
@@ -216,7 +216,7 @@ def _put(what: str, path: str, slot: Any, new: Any) -> Any:
             f"{what}: {path!r} has the shape {tuple(new.shape)}, the slot's {tuple(slot.shape)}; expected at most that "
             "rank: make room with jpeft.prepare_for_hotswap(wrapped, name, rank=...) before compiling"
         )
-    if new.dtype != slot.dtype and _wider(new.dtype, slot.dtype) != slot.dtype:
+    if new.dtype != slot.dtype and wider(new.dtype, slot.dtype) != slot.dtype:
         raise ValueError(f"{what}: {path!r} is {new.dtype}, the slot's {slot.dtype}; expected a dtype no wider")
     if isinstance(new, jax.ShapeDtypeStruct):
         return jax.ShapeDtypeStruct(slot.shape, slot.dtype)
@@ -224,11 +224,6 @@ def _put(what: str, path: str, slot: Any, new: Any) -> Any:
     array = padded(new if same else jnp.asarray(new).astype(slot.dtype), tuple(slot.shape))
     placed = isinstance(slot, jax.Array) and not isinstance(slot, Tracer) and slot.committed
     return jax.device_put(array, slot.sharding) if placed else array
-
-
-def _wider(first: Any, second: Any) -> Any:
-    with jax.numpy_dtype_promotion("standard"):
-        return jnp.promote_types(first, second)
 
 
 def _has_values(tree: Any) -> bool:

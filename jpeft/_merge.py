@@ -10,8 +10,8 @@ import numpy as np
 from jax.core import Tracer
 
 from ._arrays import arrays_at, over_stack
-from ._contract import Arrays, Merge, Site, merged as one_merged, method_of, wide_dtype
-from ._params import PeftParams
+from ._contract import Arrays, Merge, Site, is_quantised, merged as one_merged, method_of, wide_dtype
+from ._params import Adapter, PeftParams
 from ._paths import leaf_path, leaves_by_path
 from ._sites import bias_layout, bias_sizes, canonical, restored
 from ._tokens import row_method
@@ -39,13 +39,9 @@ def merge(wrapped: PeftParams, *, adapter_names: str | Sequence[str] | None = No
         changed.update(wrapped.adapters[name].replaced)
     for adapter in (wrapped.adapters[name] for name in names):
         for path, site in adapter.sites.items():
-            p, alike = arrays_at(adapter, path)
             weight = changed.get(site.leaf, leaves[site.leaf])
             bias = None if site.bias is None else changed.get(site.bias, leaves[site.bias])
-            method = method_of(adapter.config)
-            own = leaves[site.leaf] if method.needs_base else None
-            into = functools.partial(one_merged, method, adapter.config)
-            changed[site.leaf], merged_bias = _merged(p, alike, weight, bias, own, site, into)
+            changed[site.leaf], merged_bias = merged_at(adapter, path, weight, bias, leaves[site.leaf])
             if site.bias is not None:
                 changed[site.bias] = merged_bias
     for part in (part for name in names for part in wrapped.adapters[name].rows.values()):
@@ -62,12 +58,23 @@ def merge(wrapped: PeftParams, *, adapter_names: str | Sequence[str] | None = No
     return jax.tree_util.tree_map_with_path(chosen, wrapped.base)
 
 
+def merged_at(adapter: Adapter, path: str, weight: Any, bias: Any, own: Any) -> tuple[Any, Any]:
+    """The weight and the bias of one module with an adapter in them. own: the base's weight, as methods ask for it."""
+    p, alike = arrays_at(adapter, path)
+    method = method_of(adapter.config)
+    into = functools.partial(one_merged, method, adapter.config)
+    return _merged(p, alike, weight, bias, own if method.needs_base else None, adapter.sites[path], into)
+
+
 def _merged(
     p: Arrays, alike: frozenset[str], weight: Any, bias: Any, own: Any, site: Site, merge_into: Merge
 ) -> tuple[Any, Any]:
     """The merged weight and bias. own: the base's weight, if the method asks for it."""
-    if not jnp.issubdtype(weight.dtype, jnp.inexact):
-        raise ValueError(f"cannot merge into {site.leaf!r}: its dtype is {weight.dtype}; expected a floating-point one")
+    if is_quantised(weight.dtype):
+        raise ValueError(
+            f"cannot merge into {site.leaf!r}: its dtype is {weight.dtype}; expected a floating-point one of 16 bits "
+            "or more, for an adapter acts on the dequantised weight"
+        )
     dtype = jax.dtypes.canonicalize_dtype(weight.dtype)
     wide = wide_dtype(dtype)
 

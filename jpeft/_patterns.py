@@ -61,6 +61,28 @@ def value_for(path: str, pattern: Mapping[str, Any], default: Any) -> Any:
     return same_for_layers(path, of_layer, f"the pattern {dict(pattern)!r}")
 
 
+def found_in(path: str, key: str) -> bool:
+    """Whether a regular expression is found anywhere in a path; raises ValueError if it is none.
+
+    >>> found_in("encoder.layer.0.query", "er.0")
+    True
+    """
+    return re.search(checked_regex(key), path) is not None
+
+
+def search_value(path: str, pattern: Mapping[str, Any], default: Any) -> Any:
+    """The value of the first key of `pattern` that is found anywhere in the path, or `default`; else as `value_for`.
+
+    >>> search_value("encoder.layer.11.query", {r"layer\\.1": 4}, 8)
+    4
+    """
+
+    def of_layer(layer: str) -> Any:
+        return next((value for key, value in pattern.items() if found_in(layer, key)), default)
+
+    return same_for_layers(path, of_layer, f"the pattern {dict(pattern)!r}")
+
+
 def same_for_layers(path: str, of_layer: Callable[[str], Any], what: str) -> Any:
     """The value that a function gives each layer of a stack, or the one module that a path is otherwise.
 

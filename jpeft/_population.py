@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from ._params import Adapter, PeftParams, Rng
+from ._params import Adapter, PeftParams
 from ._ranks import check_zeros_are_nothing, cut, largest, padded
 from ._wrap import checked_params
 
@@ -91,8 +91,12 @@ def _check_member(number: int, member: PeftParams, first: PeftParams) -> None:
     ours, theirs = jax.tree.flatten(first.base), jax.tree.flatten(member.base)
     if ours[1] != theirs[1] or any(a is not b for a, b in zip(ours[0], theirs[0], strict=True)):
         raise ValueError(f"member {number} has a base of its own; expected the first one's, which all members share")
-    if member.context.keys() != first.context.keys():
-        raise ValueError(f"member {number} has the context {sorted(member.context)}, the first {sorted(first.context)}")
+    own, others = (jax.tree.map(jnp.shape, one.context) for one in (member, first))
+    if own != others:
+        raise ValueError(
+            f"member {number} has the context {sorted(own)} of shapes {jax.tree.leaves(own)}, the first "
+            f"{sorted(others)} of shapes {jax.tree.leaves(others)}; expected one form"
+        )
 
 
 def _stacked(name: str, adapters: list[Adapter]) -> Adapter:
@@ -149,10 +153,7 @@ def _stack(arrays: list[Any]) -> Any:
 
 
 def _stacked_context(members: list[PeftParams]) -> dict[str, Any]:
-    if not members[0].context:
-        return {}
-    keys: list[Rng] = [member.context["rng"] for member in members]
-    return {"rng": Rng(jnp.stack([key.data for key in keys]), keys[0].implementation)}
+    return jax.tree.map(lambda *own: _stack(list(own)), *(member.context for member in members))
 
 
 def _at(tree: Any, index: int) -> Any:

@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from ._contract import INPUT, OUTPUT, STACK, VOCABULARY, WINDOW, Site
+from ._contract import INPUT, OUTPUT, STACK, VOCABULARY, WINDOW, Site, is_quantised
 from ._paths import BIAS_NAMES, WEIGHT_NAMES, last_name, parent
 from ._patterns import checked_regex
 from ._stacks import Layer
@@ -205,6 +205,17 @@ def restored(array: jax.Array, layout: str, shape: tuple[int, ...]) -> jax.Array
     order = [axis for group in _groups(layout) for axis in group]
     inverse = [order.index(axis) for axis in range(len(order))]
     return array.reshape([shape[axis] for axis in order]).transpose(inverse)
+
+
+def checked_weight(leaf: Any, site: Site) -> Any:
+    """The leaf of a site, for a method that reads the weight; raises ValueError for a quantised one."""
+    if is_quantised(leaf.dtype):
+        raise ValueError(
+            f"the method of {site.path!r} reads the weight, but {site.leaf!r} is quantised: its dtype is {leaf.dtype}; "
+            "expected a floating-point one of 16 bits or more: wrap the tree with this weight dequantised, and then "
+            "put the quantised tree in its place by dataclasses.replace(wrapped, base=quantised)"
+        )
+    return leaf
 
 
 def _groups(layout: str) -> list[list[int]]:

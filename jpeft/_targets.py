@@ -8,10 +8,10 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from ._config import TaskType, TunerConfig
-from ._contract import LINEAR, Method, Site
+from ._contract import LINEAR, Method, Site, method_of
 from ._parameters import check_disjoint, parameter_sites
 from ._paths import BIAS_NAMES, WEIGHT_NAMES, last_name, parent
-from ._patterns import checked_regex, key_matches, matches
+from ._patterns import checked_regex, found_in, key_matches, matches
 from ._sites import Candidate
 from ._stacks import layer_paths, spelled_out
 
@@ -87,16 +87,8 @@ def select_sites(
             f"target_modules={_examples(found)}, or use {ALL_LINEAR!r}"
         )
     paths = module_paths(leaves, found)
-    saved = saved_modules(paths, config)
-    excluded = {path: None for path in paths if _is_excluded(path, config) or _is_within(path, saved)}
-    remaining = [path for path in paths if path not in excluded]
-    everything = isinstance(config.target_modules, str) and config.target_modules.lower() == ALL_LINEAR
-    if everything:
-        mixtures = _mixtures(found)
-        remaining = [path for path in remaining if path not in mixtures]
-        asked = [path for path in remaining if _is_linear(path, found, config)]
-    else:
-        asked = [path for path in remaining if _is_asked(path, config)]
+    excluded, remaining, asked = _asked(paths, found, config)
+    everything = is_all_linear(config)
     supported = {path: found[path] for path in asked if _is_supported(path, found, method)}
     if not everything:
         _check_supported(asked, supported, leaves, found, config, method)
@@ -109,6 +101,68 @@ def select_sites(
         _warn_of_unknown_layouts(remaining, found)
     _warn_of_idle_names(paths, excluded, sites, config)
     return sites
+
+
+def targeted_modules(leaves: Mapping[str, Any], found: Mapping[str, Candidate], config: TunerConfig) -> list[str]:
+    """The modules with leaves that `config` means, of whatever kind: those of methods that adapt none.
+
+    Raises ValueError if there is none, or if one lies in another; warns (UserWarning) about names without effect.
+
+    >>> import jax.numpy as jnp, jpeft
+    >>> targeted_modules({"norm.scale": jnp.ones(2)}, {}, jpeft.LNTuningConfig(target_modules=["norm"]))
+    ['norm']
+    """
+    paths = module_paths(leaves, found)
+    if not config.target_modules:
+        raise ValueError(
+            f"target_modules is {config.target_modules!r}; name the modules to train, for example "
+            f"target_modules={list(dict.fromkeys(last_name(parent(path)) for path in leaves))[:4]}"
+        )
+    excluded, remaining, asked = _asked(paths, found, config)
+    holders = {".".join(path.split(".")[:count]) for path in leaves for count in range(1, len(path.split(".")))}
+    chosen = [path for path in asked if path in holders]
+    if not chosen:
+        raise ValueError(_no_match(remaining, excluded, dict.fromkeys(holders), config))  # pyright: ignore
+    for path in chosen:
+        outer = next((other for other in chosen if path.startswith(f"{other}.")), None)
+        if outer is not None:
+            raise ValueError(
+                f"target_modules={config.target_modules!r} means {path!r} and {outer!r}, which holds it; expected one "
+                "of them: name the modules themselves"
+            )
+    _warn_of_idle_names(paths, excluded, {}, config)
+    return chosen
+
+
+def targeted_holder(path: str, config: TunerConfig) -> str | None:
+    """The module with this leaf that `config.target_modules` names; None if it names none.
+
+    >>> import jpeft
+    >>> targeted_holder("block.norm.scale", jpeft.LNTuningConfig(target_modules=["norm"]))
+    'block.norm'
+    """
+    names = path.split(".")
+    holders = [".".join(names[:count]) for count in range(1, len(names))]
+    saved = saved_modules(holders, config)
+    return next((h for h in holders if _is_asked(h, config) and not _is_excluded(h, config) and h not in saved), None)
+
+
+def is_all_linear(config: TunerConfig) -> bool:
+    return isinstance(config.target_modules, str) and config.target_modules.lower() == ALL_LINEAR
+
+
+def _asked(
+    paths: list[str], found: Mapping[str, Candidate], config: TunerConfig
+) -> tuple[dict[str, None], list[str], list[str]]:
+    """The modules that are taken away, those that remain, and of these the ones that the config means."""
+    saved = saved_modules(paths, config)
+    excluded = {path: None for path in paths if _is_excluded(path, config) or _is_within(path, saved)}
+    remaining = [path for path in paths if path not in excluded]
+    if not is_all_linear(config):
+        return excluded, remaining, [path for path in remaining if _is_asked(path, config)]
+    mixtures = _mixtures(found)
+    remaining = [path for path in remaining if path not in mixtures]
+    return excluded, remaining, [path for path in remaining if _is_linear(path, found, config)]
 
 
 def saved_modules(paths: Iterable[str], config: TunerConfig) -> list[str]:
@@ -308,6 +362,8 @@ def _warn_of_idle_names(
         warnings.warn(f"exclude_modules={config.exclude_modules!r} excluded no module", stacklevel=4)
     for field in ("rank_pattern", "alpha_pattern"):
         keys = getattr(config, field, None) or {}
-        idle = [key for key in keys if not any(key_matches(path, key) for path in sites)]
+        matching = found_in if field in method_of(config).searched else key_matches
+        end = method_of(config).ranked if field == "rank_pattern" else ""
+        idle = [key for key in keys if not any(matching(path, key.removesuffix(end)) for path in sites)]
         if idle:
             warnings.warn(f"{field} keys that match no adapted module and were ignored: {idle}", stacklevel=4)

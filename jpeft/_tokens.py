@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from ._config import PeftConfig
 from ._contract import EMBEDDING, LINEAR, Arrays, Base, Method, Site
 from ._paths import last_name
-from ._sites import Candidate, canonical
+from ._sites import Candidate, canonical, checked_weight
 
 INPUT_EMBEDDINGS = ("embed_tokens", "word_embeddings", "wte", "shared", "embed_in", "tok_embeddings")
 """What models call the table of their tokens, if they have others beside it."""
@@ -50,7 +50,7 @@ def token_sites(found: Mapping[str, Candidate], config: Any) -> dict[str, tuple[
     if asked is None:
         return {}
     if not isinstance(asked, Mapping):
-        return {path: (_site(found[path], asked), tuple(asked)) for path in [_input_embedding(found)]}
+        return {path: (_site(found[path], asked), tuple(asked)) for path in [input_embedding(found)]}
     sites: dict[str, tuple[Site, tuple[int, ...]]] = {}
     for name, indices in asked.items():
         paths = [path for path in found if path.endswith(name)]
@@ -64,43 +64,65 @@ def token_sites(found: Mapping[str, Candidate], config: Any) -> dict[str, tuple[
     return sites
 
 
+def table_sites(
+    found: Mapping[str, Candidate], paths: list[str], indices: tuple[int, ...]
+) -> dict[str, tuple[Site, tuple[int, ...]]]:
+    """{module path: (its site, the rows that train)} of modules of which the same rows train.
+
+    Raises ValueError as `token_sites` does.
+    """
+    odd = [path for path in paths if path not in found]
+    if odd:
+        raise ValueError(
+            f"target_modules means {odd[0]!r}, which has no weight; the tables of the tree are: "
+            f"{', '.join(_tables(found)) or 'none'}"
+        )
+    return {path: (_site(found[path], indices, "token_indices"), indices) for path in paths}
+
+
 def _tables(found: Mapping[str, Candidate]) -> list[str]:
     return [path for path in found if found[path].kind == EMBEDDING]
 
 
-def _input_embedding(found: Mapping[str, Candidate]) -> str:
+def input_embedding(found: Mapping[str, Candidate], field: str = "trainable_token_indices") -> str:
+    """The table of the tokens; raises ValueError if it is not known which one that is. field: for the message."""
     tables = _tables(found)
     named = [path for name in INPUT_EMBEDDINGS for path in tables if last_name(path) == name]
     if not named and len(tables) != 1:
         raise ValueError(
-            f"trainable_token_indices is a list, but which table holds the tokens is not known among: "
-            f"{', '.join(tables) or 'none'}; say it as trainable_token_indices={{name: [...]}}"
+            f"{field} is a list, but which table holds the tokens is not known among: {', '.join(tables) or 'none'}; "
+            f"say it as {'target_modules=[name]' if field == 'token_indices' else f'{field}={{name: [...]}}'}"
         )
     return (named or tables)[0]
 
 
-def _site(candidate: Candidate, indices: Any) -> Site:
+def _site(candidate: Candidate, indices: Any, field: str = "trainable_token_indices") -> Site:
     site = candidate.site()
     if site.kind not in (EMBEDDING, LINEAR) or site.stack or len(site.shape) != 2:
         raise ValueError(
-            f"trainable_token_indices means {site.leaf!r}, {site.kind} of shape {site.shape}; expected the table of a "
+            f"{field} means {site.leaf!r}, {site.kind} of shape {site.shape}; expected the table of a "
             "lookup, or a linear layer, by itself"
         )
     rows = site.in_features if site.kind == EMBEDDING else site.out_features
     wrong = [index for index in indices if not isinstance(index, int) or not 0 <= index < rows]
     if wrong or len(set(indices)) < len(indices) or not indices:
         raise ValueError(
-            f"trainable_token_indices for {site.leaf!r} of {rows} rows is {list(indices)!r}; expected rows that it "
+            f"{field} for {site.leaf!r} of {rows} rows is {list(indices)!r}; expected rows that it "
             "has, at least one, each of them once"
         )
     return site
 
 
-def initial_rows(leaf: Any, site: Site, indices: tuple[int, ...], dtype: Any) -> TokenRows:
-    """The rows as the table has them, abstract if that is."""
+def initial_rows(
+    leaf: Any, site: Site, indices: tuple[int, ...], dtype: Any, key: jax.Array | None = None
+) -> TokenRows:
+    """The rows as the table has them, or normal ones with a key; abstract if the table is."""
 
     def take(leaf: Any) -> jax.Array:
-        whole = canonical(leaf, site.layout)
+        if key is not None:
+            features = site.out_features if site.kind == EMBEDDING else site.in_features
+            return jax.random.normal(key, (len(indices), features), dtype)
+        whole = canonical(checked_weight(leaf, site), site.layout)
         return (whole if site.kind == EMBEDDING else whole.T)[jnp.array(indices)].astype(dtype)
 
     values = jax.eval_shape(take, leaf) if isinstance(leaf, jax.ShapeDtypeStruct) else take(leaf)

@@ -36,7 +36,8 @@ class Generator:
             raise ValueError(f"seed={seed} does not fit in 64 bits; expected -2**63 <= seed < 2**64")
         self._bits = np.random.MT19937()
         # numpy seeds this class in another way; RandomState does it as PyTorch.
-        self._bits.state = np.random.RandomState(seed & 0xFFFFFFFF).get_state(legacy=False)
+        state: Any = np.random.RandomState(seed & 0xFFFFFFFF).get_state(legacy=False)
+        self._bits.state = state
         self._spare: float | None = None
         self._owed = 0
 
@@ -51,7 +52,7 @@ class Generator:
         pairs = self._outputs(2 * count).reshape(count, 2)
         return (pairs[:, 0] << np.uint64(32)) | pairs[:, 1]
 
-    def _unit(self, count: int, dtype: np.dtype) -> np.ndarray:
+    def _unit(self, count: int, dtype: Any) -> np.ndarray:
         """Numbers in [0, 1), of dtype float64, or else of float32."""
         if dtype == np.float64:
             return (self._outputs64(count) & np.uint64(2**53 - 1)) * 2.0**-53
@@ -117,10 +118,10 @@ class Generator:
         moved: dict[int, int] = {}
         found: list[int] = []
         for i, j in enumerate(chosen.tolist()):
-            found.append(moved.get(j, j))
+            found.append(moved[j] if j in moved else j)
             moved[j] = moved.pop(i, i)
         if count > swaps:
-            found.append(moved.get(swaps, swaps))
+            found.append(moved[swaps] if swaps in moved else swaps)
         # What the rest of the permutation takes is passed over when something else is drawn, if it ever is.
         self._owed += max(n - 1, 0) - swaps
         return np.asarray(found, np.int64)

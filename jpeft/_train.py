@@ -14,7 +14,7 @@ from ._config import TunerConfig
 from ._contract import method_of
 from ._params import Adapter, PeftParams
 from ._paths import BIAS_NAMES, last_name, leaf_path
-from ._targets import saved_modules
+from ._targets import saved_modules, targeted_holder
 from ._wrap import checked_params
 
 
@@ -217,7 +217,9 @@ def _is_bias_alone(path: str, adapter: Adapter) -> bool:
     if not isinstance(config, TunerConfig):
         return False
     modules = (".".join(names[:count]) for count in range(1, len(names)))
-    return last_name(path) in BIAS_NAMES and not saved_modules(modules, config)
+    if last_name(path) not in BIAS_NAMES or saved_modules(modules, config):
+        return False
+    return not method_of(config).in_full or targeted_holder(path, config) is None
 
 
 def print_trainable_parameters(wrapped: PeftParams) -> None:

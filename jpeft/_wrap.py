@@ -14,8 +14,9 @@ from ._arrays import initial_together, with_derivation
 from ._config import PeftConfig, TunerConfig
 from ._contract import Method, Site, method_of
 from ._params import Adapter, PeftParams, Sites, is_peft_params
+from ._parts import as_they_are, leaves_in_full, rows_of, with_named_targets
 from ._paths import fold_in_name, leaves_by_path
-from ._sites import candidates, canonical
+from ._sites import bias_layout, bias_sizes, candidates, canonical, checked_weight
 from ._stacks import layer_sites, restacked, stacked_site, unstacked
 from ._targets import bias_leaves, by_layer, saved_leaves, select_sites
 from ._tokens import check_overlap, check_tables, initial_rows, token_sites
@@ -61,26 +62,36 @@ def wrap(
         raise ValueError("the parameter tree has no leaves; expected a tree of arrays, such as a model's parameters")
     layers = unstacked(leaves)
     found = candidates(layers, layouts)
-    selected = select_sites(layers, found, config, method)
+    config = with_named_targets(config, method, layers, found)
+    selected = select_sites(layers, found, config, method) if method.has_sites else {}
     trained = [*saved_leaves(layers, found, config), *bias_leaves(layers, selected, config)]
+    trained += leaves_in_full(layers, found, config) if method.in_full else []
     sites = _stacked_sites(selected, layers, config)
-    trained = restacked(dict.fromkeys(trained), layers, _said(config, "modules_to_save", "bias", verb="would train"))
+    trained = restacked(dict.fromkeys(trained), layers, _said(config, *_WHOLE[method.in_full], verb="would train"))
     replaced = {path: _copy(path, leaves[path]) for path in trained if _is_array(leaves[path])}
 
-    tokens = token_sites(found, config)
+    tokens = rows_of(method, layers, found, config) or token_sites(found, config)
     check_tables(tokens, sites, replaced)
 
-    adapted = {path: leaves[site.leaf] for path, site in sites.items()}
+    adapted = _read_leaves(sites, leaves, method)
     abstract = any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in leaves.values())
     begin = _abstract_adapter if abstract else initial_adapter
     adapter = begin(key, adapted, Sites(sites), config, dtype)
     adapter = dataclasses.replace(
         adapter,
         replaced=replaced,
-        rows={site.leaf: initial_rows(leaves[site.leaf], site, rows, dtype) for site, rows in tokens.values()},
+        rows={
+            site.leaf: initial_rows(
+                leaves[site.leaf], site, rows, dtype, None if as_they_are(method, config) else fold_in_name(key, path)
+            )
+            for path, (site, rows) in tokens.items()
+        },
     )
     active = wrapped.active if wrapped.adapters else (adapter_name,)
     return dataclasses.replace(wrapped, adapters={**wrapped.adapters, adapter_name: adapter}, active=active)
+
+
+_WHOLE = {False: ("modules_to_save", "bias"), True: ("target_modules", "modules_to_save", "bias")}
 
 
 def unwrap(wrapped: PeftParams) -> Any:
@@ -133,8 +144,15 @@ def _said(config: TunerConfig, *fields: str, verb: str) -> str:
     return f"{', '.join(f'{k}={v!r}' for k, v in values.items() if v not in (None, (), 'none'))} {verb}"
 
 
+def _read_leaves(sites: Mapping[str, Site], leaves: Mapping[str, Any], method: Method) -> dict[str, Any]:
+    """{site path: what the method's arrays begin from}: the base leaf, or that and the bias or None."""
+    if not method.reads_bias:
+        return {path: leaves[site.leaf] for path, site in sites.items()}
+    return {path: (leaves[site.leaf], None if site.bias is None else leaves[site.bias]) for path, site in sites.items()}
+
+
 def initial_adapter(key: jax.Array, leaves: Mapping[str, Any], sites: Sites, config: Any, dtype: Any) -> Adapter:
-    """A new adapter of these sites, without replaced leaves. leaves: {site path: the base leaf}."""
+    """A new adapter of these sites, without replaced leaves. leaves: {site path: the base leaf}, or that and a bias."""
     method = method_of(config)
     # First, as it refuses layers of a stack that a pattern treats differently.
     scaling = {path: jnp.full(site.stack, method.scaling(site, config), jnp.float32) for path, site in sites.items()}
@@ -186,19 +204,25 @@ def completed(adapter: Adapter, planned: Adapter, leaves: Mapping[str, Any], dty
 
     planned: the same adapter with all of its arrays. leaves: {leaf path: array} of the base.
     """
-    adapted = {path: leaves[site.leaf] for path, site in adapter.sites.items()}
+    adapted = _read_leaves(adapter.sites, leaves, method_of(adapter.config))
     lacks = {path: arrays.keys() - adapter.weights[path].keys() for path, arrays in planned.weights.items()}
     lacks_shared = planned.shared.keys() - adapter.shared.keys()
+    method = method_of(adapter.config)
+    known = method.derived if method.derive is not None else frozenset()
     if not lacks_shared and not any(lacks.values()):
         return adapter
 
     def made_anew(leaves: Mapping[str, Any]) -> tuple[dict[str, dict[str, Any]], dict[str, Any]]:
         fresh = initial_adapter(jax.random.key(0), leaves, adapter.sites, adapter.config, dtype)
-        own = {path: {name: fresh.weights[path][name] for name in names} for path, names in lacks.items()}
+        own = {path: {name: fresh.weights[path][name] for name in names - known} for path, names in lacks.items()}
         return own, {name: fresh.shared[name] for name in lacks_shared}
 
-    abstract = any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in adapted.values())
-    own, shared = jax.eval_shape(made_anew, adapted) if abstract else jax.jit(made_anew)(adapted)
+    abstract = any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(adapted))
+    # What many layers share may be large and made by numpy: a compiled program would hold it as a constant.
+    made = made_anew if method.together is not None else jax.jit(made_anew)
+    own, shared = {path: {} for path in lacks}, {}
+    if lacks_shared or any(names - known for names in lacks.values()):
+        own, shared = jax.eval_shape(made_anew, adapted) if abstract else made(adapted)
     weights = {path: {**arrays, **own[path]} for path, arrays in adapter.weights.items()}
     found = dataclasses.replace(adapter, weights=weights, shared={**adapter.shared, **shared})
     derived = functools.partial(with_derivation, lacking=lacks)
@@ -231,9 +255,17 @@ def _initial(
     """The arrays of one site. layer: the index of the site's layer, if `leaf` is a stack of layers."""
 
     def one(key: jax.Array, index: Any) -> dict[str, jax.Array]:
-        def weight() -> jax.Array:
-            whole = canonical(leaf if layer is None else leaf[layer], site.layout)
+        def single(leaf: Any, layout: str, sizes: tuple[int, ...]) -> jax.Array:
+            whole = canonical(jnp.reshape(leaf if layer is None else leaf[layer], sizes), layout)
             return whole.reshape(-1, *whole.shape[len(site.stack) :])[index] if site.stack else whole
+
+        def weight() -> Any:
+            if not method.reads_bias:
+                return single(checked_weight(leaf, site), site.layout, site.shape)
+            w, b = leaf
+            return single(checked_weight(w, site), site.layout, site.shape), None if b is None else single(
+                b, bias_layout(site), bias_sizes(site)
+            )
 
         assert method.init is not None
         arrays = method.init(key, site, config, weight)

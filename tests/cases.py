@@ -68,6 +68,9 @@ def variant(name: str, options: dict[str, Any], **fields: Any) -> MethodRow:
 # Those with an odd number of outputs.
 UNEVEN = frozenset({"heads in", "experts"})
 
+# A bias of the keys adds the same to all scores of a query.
+KEY_BIAS = {"linen attention": frozenset(f"glora_{part}" for part in ("C.X", "C.Xd", "C.Xu", "D.X", "E.X"))}
+
 VARIANTS = (
     variant("dora", {"use_dora": True}, linear=False, factors=False),
     variant("lora_bias", {"lora_bias": True}, factors=False, biased=True),
@@ -107,6 +110,60 @@ SHARED = (
         linear=True,
         neutral=False,
     ),
+    MethodRow("lily", "lily.py", jpeft.LilyConfig, {"r": 3, "stride_A": 2}, linear=True, mergeable=False),
+    MethodRow(
+        "unilora",
+        "unilora.py",
+        jpeft.UniLoraConfig,
+        {"r": 2, "theta_d_length": 11, "save_indices": True},
+        factors=True,
+        linear=True,
+        neutral=False,
+        collective=True,
+    ),
+    MethodRow(
+        "tinylora",
+        "tinylora.py",
+        jpeft.TinyLoraConfig,
+        {"u": 3, "weight_tying": 1.0},
+        factors=True,
+        collective=True,
+    ),
+    MethodRow("frod", "frod.py", jpeft.FrodConfig, {"sparse_rate": 0.3}, linear=True),
+)
+
+SPARSE = (
+    MethodRow("delora", "delora.py", jpeft.DeloraConfig, {"r": 2}, linear=True, factors=True),
+    MethodRow("shira", "shira.py", jpeft.ShiraConfig, {"r": 1}, linear=True),
+    MethodRow("supertuning", "supertuning.py", jpeft.SupertuningConfig, {"sparsity": 0.7, "r": 2}, linear=True),
+    MethodRow(
+        "supertuning, found again",
+        None,
+        jpeft.SupertuningConfig,
+        {"sparsity": 0.5, "save_precomputed_indices": False, "select_top": False},
+        linear=True,
+    ),
+    MethodRow(
+        "fourierft",
+        "fourierft.py",
+        jpeft.FourierFTConfig,
+        {"n_frequency": 5, "init_weights": True, "scaling": 3.0},
+        linear=True,
+    ),
+    MethodRow(
+        "waveft",
+        "waveft.py",
+        jpeft.WaveFTConfig,
+        {"n_frequency": 7, "wavelet_family": "sym2", "scaling": 3.0},
+        linear=True,
+    ),
+    MethodRow(
+        "waveft, in proportion",
+        None,
+        jpeft.WaveFTConfig,
+        {"n_frequency": 7, "proportional_parameters": True, "use_idwt": False},
+        linear=True,
+    ),
 )
 
 METHODS = (
@@ -127,11 +184,19 @@ METHODS = (
     ),
     *VARIANTS,
     *SHARED,
+    *SPARSE,
+    MethodRow("beft", "beft.py", jpeft.BeftConfig, {}, linear=True, biased=True),
     MethodRow("ia3", "ia3.py", jpeft.IA3Config, {"feedforward_modules": ["value", "heads", "conv"]}),
     MethodRow("loha", "loha.py", jpeft.LoHaConfig, {"r": 1, "alpha": 3}),
     MethodRow("loha, dense", None, jpeft.LoHaConfig, {"r": 2, "use_effective_conv2d": True}),
     MethodRow("lokr", "lokr.py", jpeft.LoKrConfig, {"r": 1, "decompose_both": True}),
     MethodRow("lokr, whole", None, jpeft.LoKrConfig, {"r": 3, "decompose_factor": 2, "init_weights": "lycoris"}),
+    MethodRow("hira", "hira.py", jpeft.HiraConfig, {"r": 2}),
+    MethodRow("glora", "glora.py", jpeft.GloraConfig, {"r": 2, "config_D_E": "vector"}, flat=KEY_BIAS),
+    MethodRow("glora, vectors", None, jpeft.GloraConfig, {"config_A_B": "vector", "config_C": "vector"}, flat=KEY_BIAS),
+    MethodRow(
+        "adalora", "adalora.py", jpeft.AdaLoraConfig, {"init_r": 3, "total_step": 9, "target_r": 2}, factors=True
+    ),
     MethodRow("road", "road.py", jpeft.RoadConfig, {"variant": "road_4", "group_size": 2}, misfits=UNEVEN),
     MethodRow("hra", "hra.py", jpeft.HRAConfig, {"r": 2}, exact=False),
     MethodRow("hra, orthogonal", None, jpeft.HRAConfig, {"r": 2, "apply_GS": True}, neutral=False),
@@ -147,6 +212,17 @@ METHODS = (
     MethodRow("miss, mini", None, jpeft.MissConfig, {"r": 3, "init_weights": "mini", "mini_r": 1}),
     MethodRow("miss, bat", None, jpeft.MissConfig, {"r": 1, "init_weights": "bat"}),
     MethodRow("c3a", "c3a.py", jpeft.C3AConfig, {"block_size": 1, "init_weights": True}),
+    MethodRow("gralora", "gralora.py", jpeft.GraloraConfig, {"r": 2}, misfits=UNEVEN),
+    MethodRow("gralora, hybrid", None, jpeft.GraloraConfig, {"r": 4, "hybrid_r": 3, "alpha": 5}, misfits=UNEVEN),
+    MethodRow("peanut", "peanut.py", jpeft.PeanutConfig, {"r": 3, "act_fn": "tanh"}),
+    MethodRow("peanut, deep", None, jpeft.PeanutConfig, {"r": 2, "depth": 2, "act_fn": "silu", "scaling": 1.5}),
+    MethodRow("deft", "deft.py", jpeft.DeftConfig, {"r": 2, "alpha": 3}, exact=False),
+    MethodRow("deft, orthogonal", None, jpeft.DeftConfig, {"r": 2, "decomposition_method": "qr"}, exact=False),
+    MethodRow("deft, para", None, jpeft.DeftConfig, {"r": 2, "para": True}, neutral=False),
+    MethodRow("osf", "osf.py", jpeft.OSFConfig, {"effective_rank": 1}, factors=True, exact=False),
+    MethodRow("adamss", "adamss.py", jpeft.AdamssConfig, {"r": 3, "num_subspaces": 2}),
+    # Groups may be smaller than their rank: what fills up their arrays means nothing, and files do not hold it.
+    MethodRow("adamss, rank 2", None, jpeft.AdamssConfig, {"r": 3, "num_subspaces": 2, "subspace_rank": 2}),
     MethodRow("psoft", "psoft.py", jpeft.PsoftConfig, {"r": 2, "psoft_alpha": 3}, factors=True),
     MethodRow("psoft, free", None, jpeft.PsoftConfig, {"r": 2, "psoft_orth": False}, factors=True),
     MethodRow(

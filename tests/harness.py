@@ -57,9 +57,10 @@ class MethodRow:
     layers alone. neutral: whether a fresh adapter changes nothing; exact: whether merged it does so to the last bit
     (what cancels is otherwise not rounded alike). dormant: arrays that train only with
     a key. biased: whether only layers with a bias can be merged. mergeable: whether any can; if not, what is
-    compared with merged weights is left to tests of its own. context: what `with_context` has to bring for two rows.
+    compared with merged weights is left to tests of its own. collective: whether what
+    a module begins with depends on which others there are. context: what `with_context` has to bring for two rows.
     misfits: cases whose layers have sizes that the method refuses with these options. apart: {case: what `explain`
-    says of it instead}.
+    says of it instead}. flat: {case: arrays without an influence on its outputs}.
     """
 
     name: str
@@ -75,12 +76,15 @@ class MethodRow:
     biased: bool = False
     misfits: frozenset[str] = frozenset()
     apart: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    flat: Mapping[str, frozenset[str]] = dataclasses.field(default_factory=dict)
     mergeable: bool = True
+    collective: bool = False
     context: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     def runs(self, case: Case) -> bool:
         kinds = method_of(self.config(**self.options)).kinds
-        left_out = [name for name, kind in {"lookup": EMBEDDING, "convolution": CONVOLUTION}.items() if kind not in kinds]
+        named = {"lookup": EMBEDDING, "convolution": CONVOLUTION}
+        left_out = [name for name, kind in named.items() if kind not in kinds]
         able = case.name not in {*left_out, *self.misfits} and (case.name == "with bias" or not self.biased)
         return self.mergeable and able and (self.thorough or case.core)
 
@@ -116,8 +120,12 @@ def adapted(problem: Problem, row: MethodRow, **options: Any) -> jpeft.PeftParam
     # Made of shapes alone and then filled: initial values are not what is tested, and they take long to compile.
     shapes = jax.eval_shape(lambda params: params, problem.params)
     wrapped = jpeft.wrap(shapes, config, layouts=layouts, dtype=jnp.result_type(float))
-    wrapped = dataclasses.replace(wrapped, base=problem.params, adapters=random_like(wrapped.adapters, 100))
-    return with_derived(wrapped)
+    adapters = random_like(wrapped.adapters, 100)
+    if any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(adapters)):
+        # Integers are places, for which no random numbers stand.
+        begun = jpeft.wrap(problem.params, config, layouts=layouts).adapters
+        adapters = jax.tree.map(lambda a, b: b if isinstance(a, jax.ShapeDtypeStruct) else a, adapters, begun)
+    return with_derived(dataclasses.replace(wrapped, base=problem.params, adapters=adapters))
 
 
 def with_derived(wrapped: jpeft.PeftParams) -> jpeft.PeftParams:

@@ -9,10 +9,10 @@ from typing import Any
 
 import peft
 import torch
-import transformers
 from _adapters_sizes import LLAMA, LOADED, MIXED, SMALL, population_names
-from _models import PROJECTIONS, Shape
+from _models import PROJECTIONS
 from _rows import Row, Rows
+from _torch_steps import llama
 from peft.utils.hotswap import hotswap_adapter, hotswap_adapter_from_state_dict
 
 
@@ -22,18 +22,9 @@ def rows(args: argparse.Namespace, folder: Path) -> Rows:
     return {**wrapping(), **loading(folder), **mixing(args), **training}
 
 
-def llama(shape: Shape, device: str) -> Any:
-    config = transformers.LlamaConfig(
-        vocab_size=shape.vocabulary, hidden_size=shape.hidden, intermediate_size=shape.intermediate,
-        num_hidden_layers=shape.layers, num_attention_heads=shape.heads,
-    )  # fmt: skip
-    with torch.device(device):
-        return transformers.LlamaForCausalLM(config)
-
-
 def wrapping() -> Rows:
     config = peft.LoraConfig(r=16, target_modules=list(PROJECTIONS))
-    abstract, small = llama(LLAMA, "meta"), llama(SMALL, "cpu")
+    abstract, small = llama(LLAMA, device="meta"), llama(SMALL)
     return {
         "wrap, 7B shapes": Row(lambda: peft.get_peft_model(abstract, config, low_cpu_mem_usage=True).unload),
         "wrap, 32 small layers": Row(lambda: peft.get_peft_model(small, config).unload),
@@ -42,7 +33,7 @@ def wrapping() -> Rows:
 
 def loading(folder: Path) -> Rows:
     load = functools.partial(peft.PeftModel.from_pretrained, model_id=folder, low_cpu_mem_usage=True)
-    base, many, slot = llama(SMALL, "cpu"), load(llama(SMALL, "cpu")), load(llama(SMALL, "cpu"))
+    base, many, slot = llama(SMALL), load(llama(SMALL)), load(llama(SMALL))
     names = [f"number {number}" for number in range(LOADED)]
     for name in names:
         many.load_adapter(folder, name, low_cpu_mem_usage=True)

@@ -46,12 +46,13 @@ def parameter_shapes(shape: Shape) -> dict[str, Any]:
 
     def layer(lead: tuple[int, ...]) -> dict[str, Any]:
         projections = {name: {"kernel": (*lead, *kernel)} for name, kernel in shape.kernels.items()}
-        return {**projections, "input_norm": (*lead, shape.hidden), "output_norm": (*lead, shape.hidden)}
+        norm = {"scale": (*lead, shape.hidden)}
+        return {**projections, "input_layernorm": norm, "post_attention_layernorm": norm}
 
     return {
-        "embedding": (shape.vocabulary, shape.hidden),
+        "embed_tokens": {"embedding": (shape.vocabulary, shape.hidden)},
         "layers": layer((shape.layers,)) if shape.scan else [layer(()) for _ in range(shape.layers)],
-        "norm": (shape.hidden,),
+        "norm": {"scale": (shape.hidden,)},
         "head": (shape.hidden, shape.vocabulary),
     }
 
@@ -92,7 +93,7 @@ def decoder_loss(
     def layer(x: jax.Array, weights: dict[str, Any]) -> tuple[jax.Array, None]:
         return constrain(_layer(x, weights, shape, project)), None
 
-    x = constrain(params["embedding"][tokens])
+    x = constrain(params["embed_tokens"]["embedding"][tokens])
     if shape.scan:
         x, _ = lax.scan(jax.checkpoint(layer, prevent_cse=False), x, params["layers"])
     else:
@@ -103,13 +104,13 @@ def decoder_loss(
 
 
 def _layer(x: jax.Array, weights: dict[str, Any], shape: Shape, project: Project) -> jax.Array:
-    h = _norm(x, weights["input_norm"])
+    h = _norm(x, weights["input_layernorm"])
     q, k, v = project(h, *(weights[name] for name in PROJECTIONS[:3]))
     heads = (*x.shape[:2], shape.heads, -1)
     q, k = _rotated(q.reshape(heads)), _rotated(k.reshape(heads))
     attended = _attention(q, k, v.reshape(heads), shape.query_block)
     x = x + project(attended.reshape(x.shape), weights["o_proj"])[0]
-    h = _norm(x, weights["output_norm"])
+    h = _norm(x, weights["post_attention_layernorm"])
     gate, up = project(h, weights["gate_proj"], weights["up_proj"])
     return x + project(jax.nn.silu(gate) * up, weights["down_proj"])[0]
 
@@ -128,9 +129,9 @@ def _attention(q: jax.Array, k: jax.Array, v: jax.Array, block: int) -> jax.Arra
     return jnp.moveaxis(lax.map(attend, starts), 0, 1).reshape(q.shape)
 
 
-def _norm(x: jax.Array, scale: jax.Array) -> jax.Array:
+def _norm(x: jax.Array, weights: dict[str, jax.Array]) -> jax.Array:
     wide = x.astype(jnp.float32)
-    return (wide * lax.rsqrt(jnp.mean(wide * wide, -1, keepdims=True) + 1e-6)).astype(x.dtype) * scale
+    return (wide * lax.rsqrt(jnp.mean(wide * wide, -1, keepdims=True) + 1e-6)).astype(x.dtype) * weights["scale"]
 
 
 def _rotated(x: jax.Array) -> jax.Array:
@@ -242,9 +243,12 @@ def materialised(x: jax.Array, *weights: dict[str, jax.Array]) -> tuple[jax.Arra
 
 @dataclasses.dataclass(frozen=True)
 class Variant:
+    """projected(gradient, trainable, frozen) -> the gradient that the optimizer gets."""
+
     trainable: Any
     frozen: Any
     loss: Callable[[Any, Any, jax.Array], jax.Array]
+    projected: Callable[[Any, Any, Any], Any] = lambda gradient, trainable, frozen: gradient
 
 
 Loss = Callable[..., jax.Array]  # (params, tokens, project=...) -> loss
@@ -270,7 +274,7 @@ def frozen_floor(base: dict[str, Any], loss: Loss, shape: Shape, zeros: Callable
     trainable = shifts if shape.scan else [shifts, *({} for _ in range(shape.layers - 1))]
 
     def of(trainable: Any, frozen: Any, tokens: jax.Array) -> jax.Array:
-        shifts = jax.tree.map(lambda shift: shift.astype(frozen["embedding"].dtype), trainable)
+        shifts = jax.tree.map(lambda shift: shift.astype(frozen["embed_tokens"]["embedding"].dtype), trainable)
         return loss(_with(frozen, shifts), tokens, project=shifted)
 
     return Variant(trainable, base, of)
@@ -280,10 +284,16 @@ def full_fine_tuning(base: dict[str, Any], loss: Loss) -> Variant:
     return Variant(base, {}, lambda trainable, frozen, tokens: loss(trainable, tokens))
 
 
-def by_jpeft(wrapped: jpeft.PeftParams, loss: Loss) -> Variant:
+def by_jpeft(wrapped: jpeft.PeftParams, loss: Loss, added: Callable[[jpeft.PeftParams], Any] = lambda _: 0) -> Variant:
+    """added: a term of the loss that the method asks for."""
     lifted = jpeft.lift(loss)
     trainable, frozen = jpeft.partition(wrapped)
-    return Variant(trainable, frozen, lambda *args: lifted(jpeft.combine(*args[:2]), args[2]))
+
+    def of(trainable: Any, frozen: Any, tokens: jax.Array) -> jax.Array:
+        whole = jpeft.combine(trainable, frozen)
+        return lifted(whole, tokens) + added(whole)
+
+    return Variant(trainable, frozen, of)
 
 
 def by_hand(wrapped: jpeft.PeftParams, loss: Loss, project: Project) -> Variant:
@@ -307,6 +317,7 @@ def training_step(variant: Variant) -> tuple[optax.GradientTransformation, Calla
 
     def step(trainable: Any, state: Any, frozen: Any, tokens: jax.Array) -> Any:
         loss, gradient = jax.value_and_grad(variant.loss)(trainable, frozen, tokens)
+        gradient = variant.projected(gradient, trainable, frozen)
         updates, state = optimizer.update(gradient, state, trainable)
         return optax.apply_updates(trainable, updates), state, loss
 

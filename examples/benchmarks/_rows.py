@@ -7,6 +7,8 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from tqdm import tqdm
+
 NONE = "PyTorch PEFT has none"
 
 
@@ -21,7 +23,8 @@ class Row:
 Rows = dict[str, Row]
 
 
-Seconds = dict[tuple[int, str], list[tuple[float, float]]]
+Clocks = tuple[float, float]  # wall, processor
+Seconds = dict[tuple[int, str], list[Clocks]]
 
 
 def timed(runs: Mapping[tuple[int, str], Callable[[], Any]], repeats: int) -> Seconds:
@@ -31,12 +34,36 @@ def timed(runs: Mapping[tuple[int, str], Callable[[], Any]], repeats: int) -> Se
     for number in range(repeats + 1):
         shuffle(order)
         for name in order:
-            wall, processor = time.perf_counter(), time.process_time()
-            undo = runs[name]()
+            own = _clocks(runs[name])
             if number:
-                seconds[name].append((time.perf_counter() - wall, time.process_time() - processor))
-            if callable(undo):
-                undo()
+                seconds[name].append(own)
+    return seconds
+
+
+Pair = tuple[Callable[[], Any], Callable[[], Any]]
+
+
+def paired(pairs: Mapping[tuple[int, str], Pair], repeats: int) -> dict[tuple[int, str], list[tuple[Clocks, Clocks]]]:
+    """Each run and, right beside it, what it is compared with, in each round: [(seconds, seconds of the other)]."""
+    order, shuffle = list(pairs), random.Random(0).shuffle
+    seconds: dict[tuple[int, str], list[tuple[Clocks, Clocks]]] = {name: [] for name in pairs}
+    for number in range(repeats + 1):
+        shuffle(order)
+        for name in tqdm(order, desc=f"round {number} of {repeats}", leave=False):
+            run, other = pairs[name]
+            # First one, then the other: what runs first finds caches that somebody else filled.
+            own, others = (_clocks(run), _clocks(other)) if number % 2 else (_clocks(other), _clocks(run))[::-1]
+            if number:
+                seconds[name].append((own, others))
+    return seconds
+
+
+def _clocks(run: Callable[[], Any]) -> Clocks:
+    wall, processor = time.perf_counter(), time.process_time()
+    undo = run()
+    seconds = time.perf_counter() - wall, time.process_time() - processor
+    if callable(undo):
+        undo()
     return seconds
 
 
@@ -52,13 +79,13 @@ def summary(name: str, to: str | None, has_peft: bool, seconds: Seconds) -> dict
     return row
 
 
-def medians(times: Sequence[tuple[float, float]]) -> list[float]:
+def medians(times: Sequence[Clocks]) -> list[float]:
     return [1000 * statistics.median(own) for own in zip(*times, strict=True)]
 
 
-def ratio(times: Sequence[tuple[float, float]], to: Sequence[tuple[float, float]]) -> list[float]:
-    """Median and quartiles of the ratio of wall times."""
-    low, middle, high = statistics.quantiles([a / b for (a, _), (b, _) in zip(times, to, strict=True)], n=4)
+def ratio(times: Sequence[Clocks], to: Sequence[Clocks], clock: int = 0) -> list[float]:
+    """Median and quartiles of the ratio of wall times; clock 1: of the processor's."""
+    low, middle, high = statistics.quantiles([a[clock] / b[clock] for a, b in zip(times, to, strict=True)], n=4)
     return [middle, low, high]
 
 

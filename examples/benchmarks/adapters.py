@@ -26,7 +26,7 @@ import optax
 from _adapters_sizes import LLAMA, LOADED, MIXED, SMALL, population_names
 from _models import PROJECTIONS, random_parameters
 from _rows import Row, Rows, summary, table, timed
-from step_vs_floor import environment
+from _steps import environment
 
 import jpeft
 import jpeft_interop

@@ -13,11 +13,9 @@ import argparse
 import functools
 import json
 import os
-import platform
 import random
 import statistics
 import time
-from collections.abc import Callable
 from typing import Any
 
 # PyTorch's threads would otherwise spin for a while after each of its steps, on the cores of JAX's next one.
@@ -44,13 +42,12 @@ from _models import (
     shared_first_factor,
     small_first,
     thin_first,
-    training_step,
 )
+from _steps import Step, environment, jax_step
 from tqdm import tqdm
 
 import jpeft
 
-Step = Callable[[], None]
 Times = dict[str, dict[str, list[float]]]  # seconds of each round: {"wall" or "cpu": {variant: [...]}}
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 
@@ -113,78 +110,21 @@ def jax_variants(args: argparse.Namespace, shape: Shape) -> dict[str, Variant]:
 
 def jax_steps(args: argparse.Namespace, shape: Shape) -> dict[str, Step]:
     tokens = jax.random.randint(jax.random.key(1), (2, args.tokens // 2), 0, shape.vocabulary)
-    return {
-        name: jax_step(variant, tokens) for name, variant in tqdm(jax_variants(args, shape).items(), desc="compiling")
-    }
-
-
-def jax_step(variant: Variant, tokens: jax.Array) -> Step:
-    optimizer, step = training_step(variant)
-    # Of its own, as steps donate it and variants start from the same arrays.
-    trainable = jax.tree.map(lambda leaf: jnp.array(leaf, copy=True), variant.trainable)
-    held = [trainable, optimizer.init(trainable)]
-
-    def run() -> None:
-        *held[:], loss = step(*held, variant.frozen, tokens)
-        jax.block_until_ready((held, loss))
-
-    run()
-    return run
+    variants = tqdm(jax_variants(args, shape).items(), desc="compiling")
+    return {name: jax_step(variant, tokens).run for name, variant in variants}
 
 
 def torch_steps(args: argparse.Namespace, shape: Shape) -> dict[str, Step]:
+    import _torch_steps
     import peft
 
-    floor, adapted = torch_llama(args, shape), torch_llama(args, shape)
-    floor.requires_grad_(False)
-    attention = floor.model.layers[0].self_attn
-    shifts = [torch_shift(projection) for projection in (attention.q_proj, attention.k_proj, attention.v_proj)]
+    floor, adapted = (_torch_steps.llama(shape, args.dtype).train() for _ in range(2))
     config = peft.LoraConfig(r=args.rank, lora_alpha=args.rank, target_modules=list(PROJECTIONS))
-    adapted = peft.get_peft_model(adapted, config)
-    trainable = [parameter for parameter in adapted.parameters() if parameter.requires_grad]
+    tokens = _torch_steps.random_tokens(shape, args.tokens)
     return {
-        "PyTorch floor": torch_step(floor, shifts, args, shape),
-        "PyTorch PEFT": torch_step(adapted, trainable, args, shape),
+        "PyTorch floor": _torch_steps.floor_step(floor, tokens),
+        "PyTorch PEFT": _torch_steps.step(peft.get_peft_model(adapted, config), tokens),
     }
-
-
-def torch_llama(args: argparse.Namespace, shape: Shape) -> Any:
-    import torch
-    import transformers
-
-    config = transformers.LlamaConfig(
-        vocab_size=shape.vocabulary,
-        hidden_size=shape.hidden,
-        intermediate_size=shape.intermediate,
-        num_hidden_layers=shape.layers,
-        num_attention_heads=shape.heads,
-        use_cache=False,
-    )
-    return transformers.LlamaForCausalLM(config).to(getattr(torch, args.dtype)).train()
-
-
-def torch_shift(projection: Any) -> Any:
-    """A trained shift of a module's result."""
-    import torch
-
-    shift = torch.nn.Parameter(torch.zeros(projection.out_features, dtype=projection.weight.dtype))
-    projection.register_forward_hook(lambda module, inputs, y: y + shift)
-    return shift
-
-
-def torch_step(model: Any, trainable: list[Any], args: argparse.Namespace, shape: Shape) -> Step:
-    import torch
-
-    optimizer = torch.optim.AdamW(trainable, lr=1e-4)
-    tokens = torch.randint(0, shape.vocabulary, (2, args.tokens // 2))
-
-    def run() -> None:
-        model(input_ids=tokens, labels=tokens).loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-
-    run()
-    return run
 
 
 def timed(steps: dict[str, Step], repeats: int) -> Times:
@@ -211,16 +151,6 @@ def summary(name: str, times: Times) -> dict[str, Any]:
 def ratios(name: str, seconds: dict[str, list[float]]) -> list[float]:
     floor = seconds["PyTorch floor" if name.startswith("PyTorch") else "floor"]
     return [own / other for own, other in zip(seconds[name], floor, strict=True)]
-
-
-def environment() -> dict[str, Any]:
-    return {
-        "python": platform.python_version(),
-        "jax": jax.__version__,
-        "device": str(jax.devices()[0].device_kind),
-        "cores": os.cpu_count(),
-        "load": [round(load, 2) for load in os.getloadavg()],
-    }
 
 
 def table(report: dict[str, Any]) -> str:

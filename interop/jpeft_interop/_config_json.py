@@ -59,7 +59,7 @@ def config_dict(config: jpeft.PeftConfig) -> dict[str, Any]:
     if form is None:
         raise ValueError(f"config is {config!r}; expected the config of one of the methods: {', '.join(formats())}")
     _refuse_what_peft_lacks(config, form)
-    names = {field.name for field in dataclasses.fields(config)} - {"extra"} - form.lacks
+    names = {field.name for field in dataclasses.fields(config)} - {"extra"} - form.lacks - form.unwritten
     own = {name: getattr(config, name) for name in names}
     own.update(inference_mode=True, peft_version=config.peft_version or PEFT_VERSION)
     kept = {

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from jpeft import PeftConfig, TunerConfig
+from jpeft._targets import ALL_LINEAR
 
 from ._listed import listed
 
@@ -164,6 +165,10 @@ FEEDFORWARD: Table = {
 """IA3's `feedforward_modules`: of which of its targets the input is scaled."""
 
 
+ALL_OF_OTHERS = frozenset({"OSF"})
+"""Methods that adapt all linear layers of a model for which their table has no row."""
+
+
 def with_default_targets(config: PeftConfig, model_type: str | None) -> PeftConfig:
     """The config with the target modules that PEFT chooses for a type of model, if it names none.
 
@@ -180,6 +185,8 @@ def with_default_targets(config: PeftConfig, model_type: str | None) -> PeftConf
     if config.target_modules is None:
         if (targets := table.get(model_type or "")) is not None:
             fields["target_modules"] = targets
+        elif config.peft_type in ALL_OF_OTHERS:
+            fields["target_modules"] = ALL_LINEAR
         elif getattr(config, "target_parameters", None):
             return config
         else:

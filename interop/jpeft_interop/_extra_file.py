@@ -78,8 +78,8 @@ def _read(weights: Path, needed: Mapping[str, tuple[int, ...]]) -> dict[str, np.
         names = sorted({key.rpartition(".")[2] for key in needed})
         warnings.warn(
             f"{why}, so that {', '.join(names)} are made anew from the base. They may come out otherwise than on the "
-            "machine that the adapter was trained on (by the signs of singular vectors), and the adapter with them; "
-            "PyTorch PEFT has no such file and the same risk",
+            "machine that the adapter was trained on (by the signs of singular vectors, or where a choice hangs on "
+            "rounding), and the adapter with them; PyTorch PEFT has no such file and the same risk",
             stacklevel=5,
         )
         return None

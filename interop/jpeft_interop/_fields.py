@@ -21,7 +21,8 @@ class Format:
     a name stands for those that begin with it and a dot, too. copies: shared arrays of which the file has a copy in
     each module that uses them. both: shared arrays of which it has the copies and the one of the whole model.
     integers: {array: its dtype in the file} where that is wider than JAX has by default. lacks: fields of every config
-    here that PEFT's config of the method does not have; files do not hold them.
+    here that PEFT's config of the method does not have; files do not hold them. unwritten: fields that only tell how an
+    adapter begins, in a form that no file can hold.
     """
 
     config: type[jpeft.PeftConfig]
@@ -32,6 +33,7 @@ class Format:
     both: frozenset[str] = frozenset()
     integers: Mapping[str, str] = dataclasses.field(default_factory=dict)
     lacks: frozenset[str] = frozenset()
+    unwritten: frozenset[str] = frozenset()
 
     def is_layer(self, name: str) -> bool:
         return name in self.layers or name.partition(".")[0] in self.layers
@@ -42,9 +44,67 @@ class Format:
 
 # By the `peft_type` of the file; a method that is not here has nothing to tell.
 _DIFFERENCES: Mapping[str, Mapping[str, Any]] = {
+    "BEFT": {"lacks": frozenset({"bias", "exclude_modules", "layers_pattern", "layers_to_transform"})},
+    "LN_TUNING": {"lacks": frozenset({"bias", "layers_pattern", "layers_to_transform"})},
+    "TRAINABLE_TOKENS": {
+        "lacks": frozenset({"bias", "exclude_modules", "layers_pattern", "layers_to_transform", "modules_to_save"})
+    },
+    "SHIRA": {
+        "lacks": frozenset({"bias", "exclude_modules", "layers_pattern", "layers_to_transform"}),
+        "unwritten": frozenset({"mask_fn"}),
+    },
+    "SUPERTUNING": {
+        "layers": frozenset({"supertuning_lora_A", "supertuning_lora_B"}),
+        "lacks": frozenset({"bias", "exclude_modules", "layers_pattern", "layers_to_transform"}),
+    },
     "PVERA": {"lacks": frozenset({"exclude_modules"})},
     "RANDLORA": {"both": frozenset({"randlora_A", "randlora_B"}), "lacks": frozenset({"exclude_modules"})},
+    "FROD": {
+        "passive": {"progressbar": True, "runtime_offload_base_weight": False},
+        "integers": {"frod_s_indices": "int64", "frod_s_size": "int64"},
+        "lacks": frozenset({"exclude_modules"}),
+    },
+    "TINYLORA": {"lacks": frozenset({"exclude_modules"})},
+    "UNILORA": {
+        "integers": {"unilora_indices_A": "int64", "unilora_indices_B": "int64"},
+        "lacks": frozenset({"exclude_modules"}),
+    },
     "VERA": {"lacks": frozenset({"exclude_modules"})},
+    # A config of LoRA's in PEFT, of which most fields are ignored.
+    "ADALORA": {
+        "passive": {
+            "use_rslora": False,
+            "alpha_pattern": {},
+            "megatron_config": None,
+            "megatron_core": "megatron.core",
+            "qalora_group_size": 16,
+            "eva_config": None,
+            "corda_config": None,
+            "lora_ga_config": None,
+            "loftq_config": {},
+        },
+        "neutral": {
+            "use_dora": (False,),
+            "lora_bias": (False,),
+            "use_qalora": (False,),
+            "ensure_weight_tying": (False,),
+            **dict.fromkeys(
+                (
+                    "use_bdlora",
+                    "kasa_config",
+                    "arrow_config",
+                    "velora_config",
+                    "monteclora_config",
+                    "target_parameters",
+                    "trainable_token_indices",
+                    "alora_invocation_tokens",
+                    "layer_replication",
+                ),
+                (None,),
+            ),
+        },
+    },
+    "GLORA": {"lacks": frozenset({"exclude_modules", "layers_pattern", "layers_to_transform"})},
     "IA3": {"lacks": frozenset({"bias", "layers_pattern", "layers_to_transform"})},
     "ROAD": {"lacks": frozenset({"bias", "exclude_modules", "layers_pattern", "layers_to_transform"})},
     "OFT": {"layers": frozenset({"oft_R", "oft_embedding_R"})},
@@ -52,7 +112,22 @@ _DIFFERENCES: Mapping[str, Mapping[str, Any]] = {
     "LOKR": {"lacks": frozenset({"bias"})},
     "HIRA": {"lacks": frozenset({"bias"})},
     "C3A": {"lacks": frozenset({"exclude_modules"})},
+    "ADAMSS": {"lacks": frozenset({"bias", "exclude_modules"})},
+    "GRALORA": {
+        "layers": frozenset({"gralora_A_general", "gralora_B_general"}),
+        "lacks": frozenset({"exclude_modules"}),
+    },
+    "OSF": {"lacks": frozenset({"bias", "exclude_modules", "layers_pattern", "layers_to_transform"})},
+    "PEANUT": {
+        "layers": frozenset({"peanut_A", "peanut_B", "peanut_encoders", "peanut_decoders"}),
+        "lacks": frozenset({"bias"}),
+    },
     "PSOFT": {"lacks": frozenset({"bias"})},
+    "LILY": {
+        "layers": frozenset({"lily_A", "lily_B", "lily_router"}),
+        "copies": frozenset({"lily_A", "lily_B"}),
+        "lacks": frozenset({"bias"}),
+    },
     "LORA": {
         "passive": {"megatron_config": None, "megatron_core": "megatron.core"},
         "layers": frozenset({"lora_A", "lora_B"}),

@@ -1,5 +1,6 @@
 """The keys of `adapter_model.safetensors`, and the arrays of an adapter that they stand for."""
 
+import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -7,11 +8,14 @@ from typing import Any
 import jax
 import numpy as np
 
-from jpeft._arrays import shared_names
+from jpeft._arrays import ordered_sites, shared_names
+from jpeft._config import TunerConfig
 from jpeft._contract import Site, method_of
+from jpeft._order import uncertain
 from jpeft._parameters import is_parameter
 from jpeft._params import Adapter
 from jpeft._paths import last_name, parent
+from jpeft._targets import targeted_holder
 
 from ._experts_layout import experts_from_file, experts_shape, experts_to_file, nesting
 from ._family import Family
@@ -21,7 +25,9 @@ from ._orientation import from_torch, refuse_stacks, to_torch, torch_layouts, to
 
 PREFIX = "base_model.model."
 
-TOKENS = "token_adapter.trainable_tokens_delta"
+DELTA = "trainable_tokens_delta"
+TOKENS = f"token_adapter.{DELTA}"
+COPIES = "ln_tuning_layers"
 
 
 @dataclass(frozen=True)
@@ -71,6 +77,8 @@ def slots(adapter: Adapter, leaves: Mapping[str, Any], family: Family, layouts: 
     refuse_stacks(path for path, site in adapter.sites.items() if site.stack and not _is_expert_stack(site))
     modules = {path: family.module(path) for path in adapter.sites} | nesting(adapter.sites, family)
     method, form = method_of(adapter.config), format_of(adapter.config)
+    if method.ordered(adapter.config):
+        _warn_of_order(adapter)
     entries = [
         (_weight_key(modules[path], name, form), _weight_slot(adapter.sites[path], name, tuple(array.shape), form))
         for path, arrays in adapter.weights.items()
@@ -79,11 +87,27 @@ def slots(adapter: Adapter, leaves: Mapping[str, Any], family: Family, layouts: 
     ]
     entries += _shared_slots(adapter, modules, form)
     entries += [
-        (f"{PREFIX}{family.module(part.site.path)}.{TOKENS}", Slot("rows", leaf, "", tuple(part.values.shape)))
+        (
+            f"{PREFIX}{family.module(part.site.path)}.{TOKENS if method.has_sites else DELTA}",
+            Slot("rows", leaf, "", tuple(part.values.shape)),
+        )
         for leaf, part in adapter.rows.items()
     ]
     entries += leaf_slots(adapter.replaced, adapter, leaves, family, layouts).items()
     return _table(entries)
+
+
+def _warn_of_order(adapter: Adapter) -> None:
+    groups = uncertain(ordered_sites(adapter.sites))
+    if groups:
+        name = adapter.config.peft_type
+        warnings.warn(
+            f"{name} goes by the order in which the PyTorch model has its modules. Their names do not tell it for "
+            f"{'; '.join(listed(group) for group in groups[:3])}, which are taken to come in this order: "
+            f"{listed(list(ordered_sites(adapter.sites)))}. If PyTorch has another one, the adapter means something "
+            "else there",
+            stacklevel=2,
+        )
 
 
 def _shared_slots(adapter: Adapter, modules: Mapping[str, str], form: Format) -> list[tuple[str, Slot]]:
@@ -151,8 +175,20 @@ def _weight_key(module: str, name: str, form: Format) -> str:
 
 
 def _leaf_key(family: Family, path: str, adapter: Adapter) -> str:
+    config = adapter.config
+    if isinstance(config, TunerConfig) and method_of(config).in_full:
+        if (target := targeted_holder(path, config)) is not None:
+            return f"{PREFIX}{family.module(target)}.{COPIES}.{_inside(family, path, target)}"
     module, names = parent(path), [family.leaf(last_name(path))]
     names[:0] = ["base_layer" for site in adapter.sites.values() if parent(site.leaf) == module]
     if module:
         names.insert(0, family.module(module))
     return PREFIX + ".".join(names)
+
+
+def _inside(family: Family, path: str, target: str) -> str:
+    """The name of a leaf in the copy of its target; in that of a module of modules the adapter's name is left in."""
+    name, module = family.leaf(last_name(path)), parent(path)
+    if module == target:
+        return name
+    return f"default.{family.module(module).removeprefix(f'{family.module(target)}.')}.{name}"

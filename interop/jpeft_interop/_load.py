@@ -23,7 +23,7 @@ from jpeft._targets import module_paths
 from jpeft._wrap import completed
 
 from ._config_json import SECOND_NAMES, read_config
-from ._extra_file import with_kept
+from ._extra_file import kept_arrays, with_kept
 from ._family import Family, family_of
 from ._files import read_tensors
 from ._fit import Fitted, fit
@@ -33,6 +33,7 @@ from ._listed import listed
 from ._mismatched import without_mismatched
 from ._pair import find_config, find_pair
 from ._resolve import check_replicated, with_heads
+from ._segments import check_segments, has_segments, joined
 from ._single_experts import with_stacked_experts
 from ._stacked import restacked_adapter, unstacked_adapter, unstacked_layouts
 from ._topk import lengthened
@@ -194,12 +195,15 @@ def adapter_from(
     path: the file's, for messages. leaves: of the base tree. layouts: with those of single layers. Raises ValueError
     if the tensors do not fit.
     """
-    tensors = lengthened(path, tensors, planned.config)
+    given, tensors = tensors, joined(path, lengthened(path, tensors, planned.config), planned.config)
     layers, single = unstacked(leaves), unstacked_adapter(planned)
     filled = _filled(single, fit(path, tensors, single, layers, family, layouts), tensors)
     if path.is_file():
         filled = with_kept(filled, single, path, family)
-    return completed(restacked_adapter(path, filled, planned, layers), planned, leaves)
+    adapter = completed(restacked_adapter(path, filled, planned, layers), planned, leaves)
+    if has_segments(adapter.config):
+        check_segments(path, given, kept_arrays(unstacked_adapter(adapter), family), adapter.config)
+    return adapter
 
 
 def with_mapped_keys(tensors: Mapping[str, np.ndarray], mapping: Mapping[str, str]) -> dict[str, np.ndarray]:

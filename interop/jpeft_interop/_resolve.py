@@ -6,6 +6,8 @@ from collections.abc import Iterable, Sequence
 from jpeft._config import PeftConfig, TaskType, TunerConfig
 from jpeft._targets import ALL_LINEAR, saved_modules
 
+from ._fields import format_of
+
 HEADS = {
     TaskType.SEQ_CLS: ("classifier", "score"),
     TaskType.TOKEN_CLS: ("classifier", "score"),
@@ -27,7 +29,7 @@ def with_heads(config: PeftConfig, paths: Iterable[str]) -> PeftConfig:
     ('classifier', 'score')
     """
     heads = HEADS.get(config.task_type) if isinstance(config.task_type, TaskType) else None
-    if heads is None or not isinstance(config, TunerConfig):
+    if heads is None or not isinstance(config, TunerConfig) or "modules_to_save" in format_of(config).lacks:
         return config
     paths, named = list(paths), config.modules_to_save or ()
     present = saved_modules(paths, dataclasses.replace(config, modules_to_save=heads))

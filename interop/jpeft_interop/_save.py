@@ -29,6 +29,7 @@ from ._listed import listed
 from ._orientation import to_torch
 from ._pair import CONFIG_NAME, PICKLE_NAME, WEIGHTS_NAME, write_if_absent, write_pair
 from ._resolve import with_heads, with_named_targets
+from ._segments import split
 from ._stacked import is_abstract, unstacked_adapter, unstacked_layouts
 from ._surplus import chosen_embeddings, original_biases, second_names
 from ._tied import tied_tensors
@@ -69,6 +70,8 @@ def save_pretrained(
     which goes with any other: True, or the folder of the untrained adapter. Adapters of "pissa_niter_<number>", "corda"
     and "lora_ga" are always written so, as no file tells what they took out of the base.
     Stacks of layers, named by the slice of their numbers, are written layer by layer.
+    What follows from the base, but not alike on every machine (PSOFT's singular vectors), goes into a third file that
+    PyTorch PEFT does not look at, `jpeft_state.safetensors`.
     A README.md is added if there is none. Two files change as one: a save that is interrupted at any point leaves the
     old adapter or the new one, and other files in the folder are left alone. One process may save at a time.
     Raises TypeError if `wrapped` does not come from `wrap`; ValueError for unknown or unsafe adapter names, other
@@ -147,7 +150,7 @@ def contents_of(
     copies = {**second_names(table, family), **adapter.config.extra.get(SECOND_NAMES, {})}
     arrays.update({second: arrays[first] for second, first in copies.items() if first in arrays})
     arrays.update(tied_tensors(arrays, adapter, leaves, family))
-    arrays = shortened(arrays, adapter.config)
+    arrays = split(shortened(arrays, adapter.config), kept_arrays(adapter, family), adapter.config)
     config = _written_config(adapter, leaves, family, layouts)
     if base_model is not None:
         config["base_model_name_or_path"] = str(base_model)

@@ -9,10 +9,11 @@ from jax.core import Tracer
 
 import jpeft
 from jpeft._config import TunerConfig
+from jpeft._contract import method_of
 from jpeft._params import Adapter
 from jpeft._paths import parent
 from jpeft._stacks import layer_paths
-from jpeft._targets import module_paths, saved_modules
+from jpeft._targets import module_paths, saved_modules, targeted_holder
 
 from ._face import Face, trained
 
@@ -144,8 +145,9 @@ def _layers(adapter: Adapter, tree: Adapter | None = None) -> list[tuple[str, st
         (path, f"{method}.{KINDS[site.kind].format(len(site.window))}", jax.tree.leaves(held.weights[path]))
         for path, site in adapter.sites.items()
     ]
+    beside = ".token_adapter" if method_of(adapter.config).has_sites else ""
     rows = [
-        (f"{parent(leaf)}.token_adapter", "TrainableTokensLayer", jax.tree.leaves(held.rows[leaf]))
+        (f"{parent(leaf)}{beside}", "TrainableTokensLayer", jax.tree.leaves(held.rows[leaf]))
         for leaf in adapter.rows
     ]
     return [*found, *rows, *_in_full(adapter, held.replaced)]
@@ -155,6 +157,12 @@ def _in_full(adapter: Adapter, replaced: Mapping[str, Any]) -> Iterable[tuple[st
     if not isinstance(adapter.config, TunerConfig):
         return
     taken: set[str] = set()
+    if method_of(adapter.config).in_full:
+        targets = {leaf: targeted_holder(leaf, adapter.config) for leaf in replaced}
+        for path in dict.fromkeys(target for target in targets.values() if target is not None):
+            inside = [leaf for leaf, target in targets.items() if target == path]
+            taken.update(inside)
+            yield path, "ln_tuning.LNTuningLayer", [replaced[leaf] for leaf in inside]
     for path in saved_modules(module_paths(replaced, {}), adapter.config):
         inside = [leaf for leaf in replaced if leaf.startswith(f"{path}.") and leaf not in taken]
         taken.update(inside)

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from jpeft._contract import EMBEDDING
+from jpeft._contract import EMBEDDING, method_of
 from jpeft._params import Adapter
 from jpeft._paths import last_name, parent
 from jpeft._tokens import INPUT_EMBEDDINGS
@@ -48,6 +48,7 @@ def tied_tensors(
         "lora_B.weight": ("lora_embedding_A", True),
         "base_layer.weight": ("base_layer.weight", False),
         "weight": ("weight", False),
+        "trainable_tokens_delta": ("trainable_tokens_delta", False),
     }
     found = {}
     for name, (source, turned) in sources.items():
@@ -61,9 +62,11 @@ def _tied_table(adapter: Adapter, leaves: Mapping[str, Any]) -> str | None:
     """The module of the table that an adapter ties to the output layer, if it does and the model has no other."""
     holders = [parent(leaf) for leaf in leaves]
     headless = not any(name in HEADS for holder in holders for name in holder.split("."))
-    if not getattr(adapter.config, "ensure_weight_tying", False) or not headless:
+    rows = method_of(adapter.config).rows is not None
+    if not (getattr(adapter.config, "ensure_weight_tying", False) or rows) or not headless:
         return None
     adapted = [path for path, site in adapter.sites.items() if site.kind == EMBEDDING]
+    adapted += [part.site.path for part in adapter.rows.values()] if rows else []
     tables = [path for path in (*adapted, *map(parent, adapter.replaced)) if last_name(path) in INPUT_EMBEDDINGS]
     # The bare model without the class that predicts tokens has the table at its root.
     return next((path for path in tables if parent(path)), None)

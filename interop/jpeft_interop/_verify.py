@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 import jpeft
+from jpeft._contract import method_of
 from jpeft._paths import parent
 from jpeft._patterns import matches, value_for
 from jpeft._targets import saved_modules
@@ -168,7 +169,7 @@ def _sides(tensors: Mapping[str, np.ndarray]) -> dict[str, dict[str, np.ndarray]
 
 
 def _is_target(module: str, config: Any) -> bool:
-    if module == HEAD and getattr(config, "ensure_weight_tying", False):
+    if module == HEAD and (getattr(config, "ensure_weight_tying", False) or method_of(config).rows is not None):
         return True
     targets, excluded = (getattr(config, name, None) or () for name in ("target_modules", "exclude_modules"))
     return matches(module, targets) and not matches(module, excluded)

@@ -138,12 +138,13 @@ def gather(context: Context, equation: Equation, inputs: list[Any], needed: list
         return [change(base, ids, weight)]
     for term in weight.terms:
         context.use(weight, LOOKUP, equation, only=term)
-        change = unsharded(functools.partial(_lookup, equation, weight.axes, position, row, base.shape), base)
+        change = unsharded(functools.partial(_lookup, context, equation, weight.axes, position, row, base.shape), base)
         base = base + change(ids, term).astype(base.dtype)
     return [base]
 
 
 def _lookup(
+    context: Context,
     equation: Equation,
     axes: tuple[tuple[Axis, ...], ...],
     position: int,
@@ -154,6 +155,8 @@ def _lookup(
 ) -> jax.Array:
     """The rows of the first factor, times the second."""
     h = _rows(lab.transpose(term.arrays["a"], term.labels["a"], (row, RANK)), ids, equation)
+    if term.method.drops_lookups:
+        h = dropped(context, equation, term, h)
     names = (*(f"x{index}" for index in range(h.ndim - 1)), RANK)
     out, labels = lab.contract(h, names, term.arrays["b"].astype(h.dtype), term.labels["b"], [RANK])
     groups = _gathered(equation, axes, position, len(shape), names[:-1])

@@ -184,7 +184,7 @@ def _sliced(context: Context, value: Any) -> Sliced:
         terms = []
         for term, arrays in zip(weight.terms, slices, strict=True):
             terms.append(_without(term, axis, arrays))
-        return AdaptedWeight(base, tuple(terms), weight.axes[1:], weight.leaf)
+        return dataclasses.replace(weight, base=base, terms=tuple(terms), axes=weight.axes[1:])
 
     return Sliced((weight.base, mapped), rebuild)
 
@@ -256,7 +256,7 @@ def _specs(value: Any, spec: PartitionSpec) -> Any:
         )
         for term in weight.terms
     )
-    return AdaptedWeight(spec, terms, weight.axes, weight.leaf)  # type: ignore[arg-type]
+    return dataclasses.replace(weight, base=spec, terms=terms)
 
 
 def _resharded(value: Any, spec: Any) -> Any:

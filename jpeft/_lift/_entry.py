@@ -13,7 +13,7 @@ from .._config import FrozenMapping, TunerConfig
 from .._contract import EMBEDDING, OUTPUT, STACK, VOCABULARY, WINDOW, Merge, Method, Site, merged, method_of
 from .._params import Adapter, PeftParams, Rng
 from .._paths import fold_in_name, last_name, leaves_by_path, parent
-from .._sites import canonical
+from .._sites import canonical, checked_weight
 from .._stacks import layer_paths
 from .._targets import saved_modules
 from .._tokens import TokenRows, row_method
@@ -53,7 +53,7 @@ def _is_saved_table(path: str, leaf: Any, adapter: Adapter) -> bool:
     axes = 2 if layer_paths(path) is None else 3
     if jnp.ndim(leaf) != axes or "embed" not in last_name(path) or not isinstance(adapter.config, TunerConfig):
         return False
-    return bool(saved_modules([parent(path)], adapter.config))
+    return method_of(adapter.config).in_full or bool(saved_modules([parent(path)], adapter.config))
 
 
 def _row_term(name: str, adapter: Adapter, part: TokenRows) -> Term:
@@ -104,7 +104,8 @@ def _with_rows(term: Term, given: Mapping[str, jax.Array]) -> Term:
 
 
 def _is_random(method: Method, config: Any, site: Site) -> bool:
-    return method.noisy(config) or bool(method.dropout(config) and site.kind != EMBEDDING)
+    drops = site.kind != EMBEDDING or method.drops_lookups
+    return method.noisy(config) or bool(method.dropout(config) and drops)
 
 
 def _factors(
@@ -168,7 +169,7 @@ def replaced_leaves(wrapped: PeftParams) -> dict[str, Any]:
     for adapter, method, path, site, leaf in changed:
         own, alike = arrays_at(adapter, path)
         if method.needs_base:
-            own["base"] = canonical(leaves[site.leaf], site.layout)
+            own["base"] = canonical(checked_weight(leaves[site.leaf], site), site.layout)
         into = functools.partial(merged, method, adapter.config)
         replaced[leaf] = merged_bias(into, own, alike, replaced.get(leaf, leaves[leaf]), site)
     return replaced

@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 
+from .._contract import is_quantised
 from .._mixed import is_mixed
 from .._params import PeftParams, is_peft_params
 from .._paths import leaf_path
@@ -31,7 +32,9 @@ def lift(function: Callable[..., Any]) -> Callable[..., Any]:
     function: any traceable function, such as the `apply` of a linen, NNX, Equinox or Haiku model. It runs
     unchanged; where an adapted weight is used, the method's own formula takes the place of the product. The
     result composes with `jit`, `grad`, `vmap`, `scan`; jit it, as each call traces. Called with a plain tree it
-    is `function`. Warns of adapters that the function does not use; raises ValueError for two `PeftParams`.
+    is `function`. Of a quantised leaf (integers, 8-bit floats) the adapter acts on the dequantised weight: the function
+    has to make it, as `(kernel.astype(dtype) - zero) * scale` or by blocks, before it multiplies with it; ValueError
+    says where it does not. Warns of adapters that the function does not use; raises ValueError for two `PeftParams`.
 
     >>> import jax, jax.numpy as jnp, jpeft
     >>> params = {"dense": {"kernel": jnp.ones((4, 3))}}
@@ -71,7 +74,8 @@ def run(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, A
     def adapt(path: str, leaf: Any) -> Any:
         if path not in terms:
             return leaf
-        return AdaptedWeight(leaf, terms[path], weight_axes(terms[path][0].site.layout, leaf.shape), path)
+        scaled = False if is_quantised(leaf.dtype) else None
+        return AdaptedWeight(leaf, terms[path], weight_axes(terms[path][0].site.layout, leaf.shape), path, scaled)
 
     others = [leaf for index, leaf in enumerate(leaves) if index != places[0]]
     params = jax.tree_util.tree_map_with_path(

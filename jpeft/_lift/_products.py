@@ -285,7 +285,7 @@ def chained(
     """The operation with all terms, each the base of the next. arrays: those of one module, without stack axes."""
     for term, own in zip(terms, arrays, strict=True):
         call = _low_rank_call if term.low_rank else _general_call
-        base = dataclasses.replace(base, call=functools.partial(call, context, equation, term, own, base))
+        base = dataclasses.replace(base, call=functools.partial(call, context, equation, term, own, base), alone=False)
     return base.call
 
 
@@ -306,7 +306,10 @@ def _low_rank_call(
     y = base(x)
     a, b = arrays["a"], arrays["b"]
     a = jnp.moveaxis(a.reshape(a.shape[0], -1, *term.site.window), 0, -1)
-    h = base.apply(x if term.site.kind == EMBEDDING else dropped(context, equation, term, x), a)
+    table = term.site.kind == EMBEDDING
+    h = base.apply(x if table else dropped(context, equation, term, x), a)
+    if table and term.method.drops_lookups:
+        h = dropped(context, equation, term, h)
     return y + (h @ b.reshape(b.shape[0], -1).astype(h.dtype)).astype(y.dtype)
 
 

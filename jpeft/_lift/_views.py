@@ -1,5 +1,6 @@
 """Rules for operations that only move a weight about: the adapted weight moves with it."""
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -48,7 +49,8 @@ def resharded(context: Context, equation: Equation, inputs: list[Any], needed: l
 
 
 def convert(context: Context, equation: Equation, inputs: list[Any], needed: list[bool]) -> list[Any]:
-    if not jnp.issubdtype(equation.params["new_dtype"], jnp.floating):
+    codes = is_adapted(inputs[0]) and inputs[0].scaled is False
+    if not codes and not jnp.issubdtype(equation.params["new_dtype"], jnp.floating):
         raise Unsupported("cast to a type that is not floating")
     return same(context, equation, inputs, needed)
 
@@ -63,6 +65,36 @@ def optimization_barrier(context: Context, equation: Equation, inputs: list[Any]
 
 def pvary(context: Context, equation: Equation, inputs: list[Any], needed: list[bool]) -> list[Any]:
     return jax.tree.map(lambda array: make_varying(array, equation.params["axes"]), inputs)
+
+
+def scale(context: Context, equation: Equation, inputs: list[Any], needed: list[bool]) -> list[Any]:
+    """A quantised leaf times its scale is the weight; the terms act on that, the base alone takes part."""
+    weight, base = _dequantised(equation, inputs)
+    if weight.scaled and weight.terms:
+        raise ValueError(
+            f"{weight.leaf!r} is quantised and multiplied twice, so that it does not show which of the two makes the "
+            "weight that the adapter acts on; expected one scale: multiply the scales with each other first"
+        )
+    return [dataclasses.replace(weight, base=base, scaled=True)]
+
+
+def shift(context: Context, equation: Equation, inputs: list[Any], needed: list[bool]) -> list[Any]:
+    """The zero point of a quantised leaf."""
+    weight, base = _dequantised(equation, inputs)
+    return [weight.with_base(base)]
+
+
+def _dequantised(equation: Equation, inputs: list[Any]) -> tuple[AdaptedWeight, jax.Array]:
+    """The quantised leaf among two operands of its shape, and what becomes of its base."""
+    first, second = inputs
+    weight = first if is_adapted(first) else second
+    reverse = equation.primitive.name in ("sub", "div") and weight is second
+    if weight.scaled is None or reverse or (is_adapted(first) and is_adapted(second)):
+        raise Unsupported("no rule")
+    base = run_equation(equation, [value.base if is_adapted(value) else value for value in inputs])[0]
+    if base.shape != weight.base.shape:
+        raise Unsupported("no rule")
+    return weight, base
 
 
 def transpose(context: Context, equation: Equation, inputs: list[Any], needed: list[bool]) -> list[Any]:
@@ -247,13 +279,14 @@ def _bases(inputs: list[Any]) -> list[Any]:
 
 def _stacked(weights: list[AdaptedWeight], base: jax.Array, position: int, *, new: bool) -> AdaptedWeight:
     first = weights[0]
-    if any(weight.axes != first.axes or len(weight.terms) != len(first.terms) for weight in weights):
+    form = (first.axes, len(first.terms), first.scaled)
+    if any((weight.axes, len(weight.terms), weight.scaled) != form for weight in weights):
         raise Unsupported("stack of weights of different form")
     axis = _fresh(weights, STACK, len(weights))
     terms = tuple(_stacked_term([weight.terms[index] for weight in weights], axis) for index in range(len(first.terms)))
     axes = list(first.axes)
     axes[position : position if new else position + 1] = [(axis,)]
-    return AdaptedWeight(base, terms, tuple(axes), first.leaf)
+    return dataclasses.replace(first, base=base, terms=terms, axes=tuple(axes))
 
 
 def _stacked_term(terms: list[Term], axis: Axis) -> Term:
@@ -278,6 +311,8 @@ VIEWS: dict[str, Rule] = {
     **dict.fromkeys(("mesh_cast", "reshard"), resharded),
     "reduce_precision": same,
     "convert_element_type": convert,
+    **dict.fromkeys(("mul", "div"), scale),
+    **dict.fromkeys(("add", "sub"), shift),
     "stop_gradient": stop_gradient,
     "optimization_barrier": optimization_barrier,
     "pvary": pvary,

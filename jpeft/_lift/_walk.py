@@ -21,7 +21,7 @@ from ._jaxpr import (
     scope_of,
 )
 from ._record import REPLACED, Record, primitive_name
-from ._weight import FULL_COPY, AdaptedWeight, Term, Unsupported, is_adapted, materialize
+from ._weight import FULL_COPY, AdaptedWeight, Term, Unsupported, check_scaled, is_adapted, materialize
 
 Rule = Callable[["Context", Equation, list[Any], list[bool]], list[Any]]
 
@@ -43,7 +43,8 @@ class Context:
         return dataclasses.replace(self, calls=(*self.calls, id(equation)))
 
     def use(self, weight: AdaptedWeight, how: str, equation: Equation | None, *, only: Term | None = None) -> None:
-        """Note how an equation uses a weight, or one term of it."""
+        """Note how an equation uses a weight, or one term of it; raises ValueError if it is not dequantised yet."""
+        check_scaled(weight, primitive_name(equation))
         self.record.use(weight, how, (*self.calls, id(equation)), primitive_name(equation), only)
 
     def dropout_index(self, term: Term, equation: Equation) -> int:

@@ -90,12 +90,16 @@ class Term:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class AdaptedWeight:
-    """A view of a base weight with the terms that act on it. axes: for each axis of `base` the axes it is made of."""
+    """A view of a base weight with the terms that act on it. axes: for each axis of `base` the axes it is made of.
+
+    scaled: of a leaf that is quantised, whether its scale has been applied, so that `base` is the weight; else None.
+    """
 
     base: jax.Array
     terms: tuple[Term, ...]
     axes: tuple[tuple[Axis, ...], ...] = dataclasses.field(metadata={"static": True})
     leaf: str = dataclasses.field(metadata={"static": True})
+    scaled: bool | None = dataclasses.field(default=None, metadata={"static": True})
 
     @property
     def flat_axes(self) -> tuple[Axis, ...]:
@@ -157,10 +161,21 @@ def drop(weight: AdaptedWeight, axis: Axis) -> AdaptedWeight:
     return weight.map_terms(lambda term: term.map_axis(axis, lambda array, at: lax.squeeze(array, (at,))))
 
 
+def check_scaled(weight: AdaptedWeight, used_by: str) -> None:
+    """Raise ValueError if the weight is still the codes of a quantised leaf: adapters act on what codes stand for."""
+    if weight.scaled is False and weight.terms:
+        raise ValueError(
+            f"{weight.leaf!r} is quantised ({weight.terms[0].site.dtype}) and used by {used_by} before its scale is "
+            "applied, so that its adapter would be scaled too; expected it dequantised first, as in "
+            "`x @ (kernel.astype(x.dtype) * scale)` (a zero point is subtracted before; without a scale, multiply by 1)"
+        )
+
+
 def materialize(weight: AdaptedWeight) -> jax.Array:
     """The merged weight, in the dtype and the view of the base; computed in float32 at least."""
     if not weight.terms:
         return weight.base
+    check_scaled(weight, "a function with derivatives of its own")
     return unsharded(_merged, weight.base)(weight)
 
 

@@ -4,7 +4,7 @@
 
 `c3a_kernel`: c (out / b, in / b, b). Every product with a circulant matrix is one of its discrete Fourier transform:
 conj(F c) F x, taken back. Costs in out / b parameters; for each token about 4 in out / b FLOPs, for complex products of
-b / 2 + 1 frequencies, and the transforms of x and y; memory (in + out) (1 + 2 / b) for these. The transforms are in
+b / 2 + 1 frequencies, and 5 (in + out) log2(b) for the transforms; twice (in + out) numbers of memory. These are in
 float32 or wider. PEFT gives the second of several adapters the first one's output for x; here each gets x.
 """
 
@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from .._config import PeftType, TunerConfig
-from .._contract import Arrays, Base, Site, additive, register, wide_dtype
+from .._contract import Arrays, Base, Site, additive, register, wide_dtype, wider
 from .._patterns import value_for
 
 
@@ -81,7 +81,7 @@ def delta(p: Arrays, site: Site) -> jax.Array:
 
 def forward(p: Arrays, x: jax.Array, base: Base, site: Site, context: Mapping[str, Any]) -> jax.Array:
     kernel, y = p["c3a_kernel"], base(x)
-    kernel = kernel.astype(wide_dtype(jnp.promote_types(kernel.dtype, x.dtype)))
+    kernel = kernel.astype(wide_dtype(wider(kernel.dtype, x.dtype)))
     size = kernel.shape[-1]
     parts = x.astype(kernel.dtype).reshape(*x.shape[:-1], -1, size)
     spectrum = jnp.einsum("...nf,mnf->...mf", jnp.fft.rfft(parts), jnp.conj(jnp.fft.rfft(kernel)))

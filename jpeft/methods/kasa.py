@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from .._contract import LINEAR, Arrays, Base, Site, dropped, low_rank, register, wide_dtype
+from .._contract import LINEAR, Arrays, Base, Site, dropped, low_rank, register, wide_dtype, wider
 from .lora import LORA, LoraConfig, factors as lora_factors, init as init_lora, rank_of, scaling
 
 
@@ -68,7 +68,7 @@ def kasa_loss(wrapped: Any) -> jax.Array:
         settings = getattr(adapter.config, "kasa_config", None)
         for arrays in adapter.weights.values() if settings is not None else ():
             loss = _loss(arrays["lora_A"], arrays["lora_B"], arrays["lora_diag"], settings)
-            total = total.astype(jnp.promote_types(total.dtype, loss.dtype)) + loss
+            total = total.astype(wider(total.dtype, loss.dtype)) + loss
     return total
 
 

@@ -5,10 +5,10 @@
 
 `oft_R` (blocks, size (size - 1) / 2) holds what is above the diagonals, or (1, ...) with block_share; on lookup tables
 `oft_embedding_R`, with W' = W R. Costs in (size - 1) / 2 parameters, 2 in size FLOPs and in numbers of memory for each
-token; a convolution is done twice, with W and with (R - 1) W. There R acts on in * height * width numbers, as in the
-paper; PEFT's own forward adds up patches that overlap, and disagrees with its merged weights. PEFT never applies
-module_dropout, clips the arrays themselves inside forward (see `oft_projection`), and has for three terms the series
-of four, which stays so for the sake of files. The exact form turns the other way than the series does, as in PEFT.
+token, 2 (terms - 2) in size^2 FLOPs once for each use; a convolution is done twice, with W and with (R - 1) W. There R
+acts on in * height * width numbers, as in the paper; PEFT's own forward adds up patches that overlap, and disagrees
+with its merged weights. PEFT never applies module_dropout, clips the arrays inside forward (here: `oft_projection`),
+and has for three terms the series of four: so here, for its files. The exact form turns the other way, as in PEFT.
 """
 
 import dataclasses
@@ -96,9 +96,8 @@ def merge(p: Arrays, w: jax.Array, b: jax.Array | None, site: Site) -> tuple[jax
 def oft_projection(wrapped: Any) -> Any:
     """The parameters with the arrays of every OFT adapter with `coft` clipped to |Q_i| <= eps / sqrt(blocks).
 
-    wrapped: from `jpeft.wrap`. For use after each update, `oft_projection(optax.apply_updates(wrapped, updates))`; what
-    is longer is used as if it had been clipped, but an optimizer would go on to make it longer. PEFT does it inside
-    forward. Other adapters stay as they are. Pure, and works under jit.
+    wrapped: from `jpeft.wrap`. For use after each update, `oft_projection(optax.apply_updates(wrapped, updates))`: what
+    is longer acts as if it had been clipped, but an optimizer would go on to make it longer. Works under jit.
 
     >>> import jax.numpy as jnp, jpeft
     >>> config = jpeft.OFTConfig(oft_block_size=2, coft=True, init_weights=False, target_modules=["q"])

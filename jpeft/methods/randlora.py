@@ -81,7 +81,7 @@ def scaled(a: jax.Array, gamma: jax.Array) -> jax.Array:
 def forward(p: Arrays, x: jax.Array, base: Base, site: Site, context: Mapping[str, Any]) -> jax.Array:
     y, x = base(x), dropped(x, context)
     a, b, lengths = (array.astype(x.dtype) for array in bases(p, site))
-    lengths = (p["scaling"] * lengths.astype(p["scaling"].dtype)).astype(x.dtype)
+    lengths = lengths * p["scaling"].astype(x.dtype)
     # A', as large as a square weight, is made again in the backward pass and not kept until then.
     if site.in_features <= site.out_features:
         h = jax.checkpoint(lambda x, gamma: x @ scaled(a, gamma).T)(x, p["randlora_gamma"])

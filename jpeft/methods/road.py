@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from .._config import PeftType, TunerConfig
-from .._contract import Arrays, Base, Method, Site, register
+from .._contract import Arrays, Base, Method, Site, register, wider
 
 SIZES = {"road_1": 0.5, "road_2": 1, "road_4": 2}
 
@@ -74,7 +74,7 @@ def rotated(p: Arrays, y: jax.Array, config: RoadConfig) -> jax.Array:
     """R y for y (..., out), in the wider type of y and the arrays."""
     c, s = columns(p, config)
     z = y.reshape(*y.shape[:-1], -1, 2, config.group_size // 2)
-    wide = jnp.promote_types(y.dtype, c.dtype)
+    wide = wider(y.dtype, c.dtype)
     z, c, s = z.astype(wide), c.astype(wide), s.astype(wide)
     turned = jnp.stack([-z[..., 1, :], z[..., 0, :]], axis=-2)
     return (z * c + turned * s).reshape(y.shape).astype(y.dtype)

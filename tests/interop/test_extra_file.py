@@ -178,3 +178,32 @@ def test_a_killed_save_leaves_the_old_or_the_new_with_what_is_theirs(tmp_path, m
         save_pretrained(adapted(seed=1), folder)
         assert not list(folder.glob(".*"))
     assert found == sorted(found) and {0, 1} == set(found) and point > 10
+
+
+@pytest.mark.parametrize("kept", [True, False])
+def test_of_the_hub_it_is_fetched_for_methods_that_keep_something_alone(tmp_path, monkeypatch, kept):
+    errors = pytest.importorskip("huggingface_hub.errors")
+    asked = []
+
+    class Hub:
+        @staticmethod
+        def hf_hub_download(name, filename, **options):
+            asked.append(filename)
+            if not (tmp_path / filename).is_file():
+                raise errors.LocalEntryNotFoundError(f"no {filename}")
+            return str(tmp_path / filename)
+
+    monkeypatch.setattr(jpeft_interop._hub, "hub_library", lambda name: Hub)
+    wrapped = adapted()
+    save_pretrained(wrapped, tmp_path)
+    if kept:
+        assert_same(weights_of(load_pretrained(base(), "someone/psoft")), weights_of(wrapped))
+    else:
+        (tmp_path / STATE_NAME).unlink()
+        with pytest.warns(UserWarning, match=f"there is no {STATE_NAME}"):
+            load_pretrained(base(), "someone/psoft")
+    assert asked == ["adapter_config.json", STATE_NAME, WEIGHTS]
+    asked.clear()
+    save_pretrained(jpeft.wrap(base(), jpeft.LoraConfig(r=2, target_modules=["q"])), tmp_path)
+    load_pretrained(base(), "someone/lora")
+    assert asked == ["adapter_config.json", WEIGHTS]

@@ -15,9 +15,10 @@ from safetensors.numpy import load_file
 
 import jpeft
 import jpeft_interop
+from jpeft._contract import config_classes
 from jpeft_interop import models
 from jpeft_interop._base_model import base_model
-from jpeft_interop._default_targets import FEEDFORWARD, TARGETS
+from jpeft_interop._default_targets import FEEDFORWARD, TARGETS, with_default_targets
 from jpeft_interop.models.auto import AutoModel
 
 torch = pytest.importorskip("torch")
@@ -112,6 +113,39 @@ def test_default_targets_are_those_of_peft(method):
 def test_default_feedforward_modules_are_those_of_peft():
     table = importlib.import_module("peft.utils.constants").TRANSFORMERS_MODELS_TO_IA3_FEEDFORWARD_MODULES_MAPPING
     assert {model_type: tuple(names) for model_type, names in table.items()} == FEEDFORWARD
+
+
+def test_every_table_of_peft_and_every_method_here_is_known():
+    constants = importlib.import_module("peft.utils.constants")
+    ending = "_TARGET_MODULES_MAPPING"
+    tables = {name.removesuffix(ending).rpartition("_TO_")[2] for name in vars(constants) if name.endswith(ending)}
+    assert {"LN_TUNING" if name == "LNTUNING" else name for name in tables} == TARGETS.keys()
+    # Rows of tables train in the input embedding.
+    assert {str(kind) for kind in config_classes()} - {"TRAINABLE_TOKENS"} <= TARGETS.keys()
+
+
+@pytest.mark.parametrize("model_type", ["llama", "mt5", "gpt_neox", "nothing known"])
+def test_every_method_here_gets_the_defaults_of_peft(model_type):
+    """As the tuner's own class chooses them, and refuses."""
+    for kind, own in config_classes().items():
+        tuner = peft.mapping.PEFT_TYPE_TO_TUNER_MAPPING[peft.PeftType(kind.value)]
+        # PEFT's class looks into tables and the config, and no further.
+        bare, asked = object.__new__(tuner), peft.mapping.PEFT_TYPE_TO_CONFIG_MAPPING[peft.PeftType(kind.value)]
+        if kind == jpeft.PeftType.TRAINABLE_TOKENS:
+            continue
+        asked = asked(total_step=1) if kind == jpeft.PeftType.ADALORA else asked()
+        settings = {"total_step": 1} if kind == jpeft.PeftType.ADALORA else {}
+        try:
+            theirs = bare._prepare_adapter_config(asked, {"model_type": model_type})
+        except ValueError:
+            with pytest.raises(ValueError, match=f"target_modules is None and model_type is '{model_type}'"):
+                with_default_targets(own(**settings), model_type)
+            continue
+        ours = with_default_targets(own(**settings), model_type)
+        for name in ("target_modules", "feedforward_modules"):
+            expected, found = getattr(theirs, name, None), getattr(ours, name, None)
+            as_set = lambda value: value if isinstance(value, str) or value is None else set(value)  # noqa: E731
+            assert as_set(found) == as_set(expected), (kind, name)
 
 
 def family_configs() -> dict[str, Any]:

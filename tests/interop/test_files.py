@@ -349,8 +349,8 @@ def test_is_trainable(tmp_path):
     [
         ("{", r"adapter_config.json is no JSON file: .*; copy or download it again"),
         ("[]", "holds a JSON list; expected an object"),
-        ("{}", "peft_type is None; the methods implemented here are: LORA"),
-        ('{"peft_type": "NOSUCH"}', "peft_type is 'NOSUCH'; the methods implemented here are: LORA"),
+        ("{}", "peft_type is None; the methods implemented here are: .*LORA"),
+        ('{"peft_type": "NOSUCH"}', "peft_type is 'NOSUCH'; the methods implemented here are: .*LORA"),
         ('{"peft_type": ["LORA"]}', r"peft_type is \['LORA'\]; the methods"),
         ('{"peft_type": "LORA", "r": 0}', "adapter_config.json: r is 0; expected an integer of at least 1"),
         ('{"peft_type": "LORA", "task_type": "DANCE"}', "adapter_config.json: task_type is 'DANCE'"),

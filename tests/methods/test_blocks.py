@@ -176,12 +176,16 @@ FORMULAS = {
     "miss, bat": (miss, MISS, {"r": 4, "init_weights": "bat"}, FLAT),
     "c3a": (c3a, C3A, {"block_size": 4}, FLAT),
     "c3a, an odd block": (c3a, C3A, {"block_size": 64, "block_size_pattern": {"dense": 1}}, FLAT),
-    "psoft": (psoft, PSOFT, {"r": 3, "psoft_alpha": 5}, FLAT),
+    "psoft": (psoft, PSOFT, {"r": 3, "psoft_alpha": 6}, FLAT),
     "psoft, roots": (psoft, PSOFT, {"r": 4, "ab_svd_init": "pissa_init", "psoft_mag_a": False}, FLAT),
-    "psoft, free": (psoft, PSOFT, {"r": 3, "psoft_orth": False, "psoft_mag_b": False}, FLAT),
-    "psoft, series": (psoft, PSOFT, {"r": 3, "use_cayley_neumann": True}, FLAT),
-    "psoft, short series": (psoft, PSOFT, {"r": 3, "use_cayley_neumann": True, "cayley_neumann_eps": 0.2}, FLAT),
-    "psoft, approximate": (psoft, PSOFT, {"r": 3, "psoft_svd": "lowrank", "psoft_svd_lowrank_niter": 60}, FLAT),
+    "psoft, free": (psoft, PSOFT, {"r": 3, "psoft_alpha": 6, "psoft_orth": False, "psoft_mag_b": False}, FLAT),
+    "psoft, series": (psoft, PSOFT, {"r": 3, "psoft_alpha": 6, "use_cayley_neumann": True}, FLAT),
+    "psoft, short series": (
+        psoft, PSOFT, {"r": 3, "psoft_alpha": 6, "use_cayley_neumann": True, "cayley_neumann_eps": 0.2}, FLAT
+    ),
+    "psoft, approximate": (
+        psoft, PSOFT, {"r": 3, "psoft_alpha": 6, "psoft_svd": "lowrank", "psoft_svd_lowrank_niter": 60}, FLAT
+    ),
 }  # fmt: skip
 
 SHAPES = {
@@ -250,6 +254,41 @@ def test_gram_and_schmidt_are_not_needed():
     other = dataclasses.replace(wrapped, adapters={"default": other})
     one, two = (jpeft.merge(params)["dense"]["kernel"] for params in (wrapped, other))
     np.testing.assert_allclose(one, two, atol=1e-12)
+
+
+TWICE = {
+    name: FORMULAS[name] for name in ("hra", "oft", "boft, two factors", "miss", "miss, bat", "c3a", "psoft, series")
+}
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("name", TWICE)
+def test_two_adapters_at_once_are_as_if_merged(name):
+    _, config, settings, targets = TWICE[name]
+    first, second = (wrapped_with(config, targets, **settings) for _ in range(2))
+    other = second.adapters["default"]
+    drawn = dataclasses.replace(other, weights=random_like(other.weights, 300))
+    both = dataclasses.replace(first, adapters={"default": first.adapters["default"], "other": drawn})
+    both = with_derived(jpeft.set_adapter(both, ["default", "other"]))
+    x = random_like((5, IN), 3, 1.0)
+    lifted, merged = jax.jit(jpeft.lift(model))(both, x), model(jpeft.merge(both), x)
+    alone = model(jpeft.merge(first), x)
+    for path in targets:
+        np.testing.assert_allclose(lifted[path], merged[path], rtol=1e-10, atol=1e-10)
+        assert np.abs(merged[path] - alone[path]).max() > 1e-2
+
+
+@pytest.mark.parametrize("name", FORMULAS)
+def test_a_model_in_bfloat16_stays_so(name):
+    _, config, settings, targets = FORMULAS[name]
+    wrapped = wrapped_with(config, targets, **settings)
+    narrow = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), wrapped.base)
+    x = random_like((5, IN), 3, 1.0)
+    wide = jax.jit(jpeft.lift(model))(wrapped, x)
+    found = jax.jit(jpeft.lift(model))(dataclasses.replace(wrapped, base=narrow), x.astype(jnp.bfloat16))
+    for path in SHAPES:
+        assert found[path].dtype == jnp.bfloat16
+        np.testing.assert_allclose(found[path].astype(jnp.float32), wide[path], atol=0.05 * np.abs(wide[path]).max())
 
 
 # ---- noise ----------------------------------------------------------------------------------------------------------
@@ -346,7 +385,8 @@ def test_reflections_begin_in_pairs():
 
 
 def test_approximate_singular_vectors_follow_from_the_seed():
-    first, same, other = (initial(PSOFT, r=4, psoft_svd="lowrank", psoft_svd_lowrank_niter=0, random_seed=seed)["psoft_A"] for seed in (0, 0, 1))  # fmt: skip
+    settings = {"r": 4, "psoft_svd": "lowrank", "psoft_svd_lowrank_niter": 0}
+    first, same, other = (initial(PSOFT, random_seed=seed, **settings)["psoft_A"] for seed in (0, 0, 1))
     np.testing.assert_array_equal(first, same)
     assert np.abs(first - other).max() > 1e-3
 
@@ -356,7 +396,7 @@ def test_approximate_singular_vectors_follow_from_the_seed():
 
 @pytest.mark.parametrize(("config", "settings", "message", "shape"), [
     (HRA, {"r": 3}, "r is 3, an odd number of reflections", (256, 3)),
-    (OFT, {"oft_block_size": 100}, "oft_block_size is 100 at 'dense', which does not divide its 256 features; 128", (2, 8128)),
+    (OFT, {"oft_block_size": 100}, "oft_block_size is 100 at 'dense', which does not divide its 256 f", (2, 8128)),
     (OFT, {"oft_block_size": 6}, "does not divide its 256 features; 4 is taken", (64, 6)),
     (OFT, {"oft_block_size": 0, "r": 300}, "r is 300 at 'dense', .* 256 is taken", (256, 0)),
 ])  # fmt: skip
@@ -406,10 +446,10 @@ def test_settings_out_of_range_are_refused(config, settings, message):
     (BOFT, {"boft_block_size": 3}, "boft_block_size is 3 at 'dense'; expected a divisor of its 8 features"),
     (BOFT, {"boft_block_size": 0, "boft_block_num": 5}, "boft_block_num is 5 at 'dense'; expected a divisor of its 8"),
     (BOFT, {"boft_block_size": 1, "boft_n_butterfly_factor": 2}, "with 8 blocks of 1; expected an even size"),
-    (BOFT, {"boft_block_size": 4, "boft_n_butterfly_factor": 3}, "with 2 blocks of 4; expected an even size, and a number of blocks that is a multiple of 4"),
+    (BOFT, {"boft_block_size": 4, "boft_n_butterfly_factor": 3}, "with 2 blocks of 4; expected an even size"),
     (MISS, {"r": 9}, "r is 9 at 'dense'; expected at most its 8 inputs"),
     (MISS, {"r": 3, "init_weights": "bat"}, "r is 3 at 'dense', with init_weights='bat'; expected a divisor of its 8"),
-    (MISS, {"r": 4, "init_weights": "mini", "mini_r": 5}, "mini_r is 5 at 'dense'; expected a divisor of its 12 outputs"),
+    (MISS, {"r": 4, "init_weights": "mini", "mini_r": 5}, "mini_r is 5 at 'dense'; expected a divisor of its 12"),
     (C3A, {"block_size": 8}, "block_size is 8 at 'dense'; expected a divisor of its 8 inputs and of its 12 outputs"),
     (PSOFT, {"r": 9}, "r is 9 at 'dense'; expected at most 8, the rank of a weight of 8 inputs and 12 outputs"),
 ])  # fmt: skip
@@ -431,7 +471,9 @@ TOKENS, WIDE = 64, 64
 
 
 def flops(function, *args):
-    return jax.jit(function).lower(*args).compile().cost_analysis()["flops"]
+    analysis = jax.jit(function).lower(*args).compile().cost_analysis()
+    assert analysis is not None
+    return analysis["flops"]
 
 
 @pytest.mark.parametrize(("config", "settings", "parameters", "for_each_token", "once"), [
@@ -442,7 +484,7 @@ def flops(function, *args):
     (MISS, {"r": 16}, 16 * 64, 64 + 2 * 16 * 64, 0),
     (MISS, {"r": 16, "init_weights": "mini", "mini_r": 8}, 16 * 8, 64 + 2 * 16 * 8 + 64, 0),
     (MISS, {"r": 16, "init_weights": "bat"}, 16 * 64, 2 * 64 * 64, 2 * 64 * 64 * 16),
-    (PSOFT, {"r": 8}, 8 * 7 / 2 + 2 * 8, 2 * 8 * 128, 2 * 64 * 8**2),
+    (PSOFT, {"r": 8}, 8 * 7 / 2 + 2 * 8, 2 * 8 * 128, 0),
 ])  # fmt: skip
 def test_costs_are_as_said(config, settings, parameters, for_each_token, once):
     params = {"dense": {"kernel": jnp.ones((WIDE, WIDE))}}
@@ -453,17 +495,21 @@ def test_costs_are_as_said(config, settings, parameters, for_each_token, once):
         flops(jpeft.lift(apply), wrapped, jnp.ones((n, WIDE))) - flops(apply, params, jnp.ones((n, WIDE)))
         for n in (TOKENS, 3 * TOKENS)
     )
-    np.testing.assert_allclose((many - few) / (2 * TOKENS), for_each_token, rtol=0.25, atol=130)
+    np.testing.assert_allclose((many - few) / (2 * TOKENS), for_each_token, rtol=0.05, atol=2 * WIDE)
     if once:
         np.testing.assert_allclose(few - TOKENS * (many - few) / (2 * TOKENS), once, rtol=0.25)
 
 
-def test_a_circulant_product_costs_less_than_a_dense_one():
+@pytest.mark.parametrize("block", [16, 64])
+def test_a_circulant_product_costs_what_its_transforms_do(block):
     size = 256
     params = {"dense": {"kernel": jnp.ones((size, size))}}
-    wrapped = jpeft.wrap(params, C3A(target_modules=["dense"], block_size=64))
+    wrapped = jpeft.wrap(params, C3A(target_modules=["dense"], block_size=block))
     apply = lambda params, x: x @ params["dense"]["kernel"]  # noqa: E731
     few, many = (flops(jpeft.lift(apply), wrapped, jnp.ones((n, size))) for n in (64, 192))
-    plain = 2 * size * size
-    print((many - few) / 128 - plain, 4 * size * size / 64)
-    assert jpeft.count_parameters(wrapped)[0] == size * size / 64
+    transforms, entries = 5 * 2 * size * np.log2(block), 7 * 2 * size
+    # XLA counts two operations for a complex product and sum, which are eight real ones.
+    products = 2 * (size / block) ** 2 * (block / 2 + 1)
+    found = (many - few) / 128 - 2 * size * size
+    np.testing.assert_allclose(found, transforms + products + entries, rtol=0.1)
+    assert found < size * size / 2 and jpeft.count_parameters(wrapped)[0] == size * size / block

@@ -32,7 +32,7 @@ class Row:
     ten steps of training cannot agree with PEFT's; rate: their learning rate. no_merge: why PEFT's merged weights are
     not compared; no_forward: why PEFT's own forward is not, but its merged weights. same_bytes: whether what is loaded
     is written back to the bit. merges: whether the method merges. precious: whether arrays that follow from the base
-    have signs that PyTorch may choose otherwise, so that its own are compared with ours and then taken.
+    may come out otherwise in PyTorch (signs, near ties), so that its own are compared with ours and then taken.
     """
 
     name: str
@@ -239,14 +239,22 @@ def read(row: Row, folder: Path, **options: Any) -> jpeft.PeftParams:
 
 
 def keep_torchs_own(row: Row, model: Any, folder: Path) -> None:
-    """Write PEFT's singular vectors beside its adapter, as `save_pretrained` here writes ours."""
+    """Write what PEFT's files do not hold beside its adapter, as `save_pretrained` here writes ours."""
     if row.precious:
         write_kept(folder / STATE_NAME, torchs_own(model), folder / "adapter_model.safetensors")
 
 
 def torchs_own(model: Any) -> dict[str, np.ndarray]:
-    """{key: array} of PEFT's `_psoft_A_cache` and `_psoft_B_cache`, which its files do not hold."""
-    return {
+    """{key: array} of PEFT's `_psoft_A_cache` and `_psoft_B_cache` and of its groups, which its files do not hold."""
+    groups: dict[str, np.ndarray] = {}
+    for path, module in model.named_modules():
+        if hasattr(module, "seg_result"):
+            own, ranks = module.seg_result["default"], [len(a) for a in module.adamss_A["default"]]
+            labels = np.concatenate([np.full(len(rows), group) for group, rows in own.items()])
+            order = np.concatenate([rows.numpy() for rows in own.values()])
+            groups[f"{path}.adamss_labels"] = labels[np.argsort(order)].astype(np.int32)
+            groups[f"{path}.adamss_ranks"] = np.asarray(ranks, np.int32)
+    return groups | {
         f"{path}.psoft_{side}": getattr(module, f"_psoft_{side}_cache")["default"].numpy()
         for path, module in model.named_modules()
         if hasattr(module, "_psoft_A_cache")
@@ -255,18 +263,33 @@ def torchs_own(model: Any) -> dict[str, np.ndarray]:
 
 
 def with_torchs_own(row: Row, wrapped: jpeft.PeftParams, model: Any) -> jpeft.PeftParams:
-    """Ours with PEFT's singular vectors, which have to be the same up to the sign of each pair of them."""
+    """Ours with PEFT's singular vectors, which have to be the same up to the sign of each pair of them; groups of
+    outputs have to be the same."""
     if not row.precious:
         return wrapped
     adapter, found = wrapped.adapters["default"], torchs_own(model)
     weights = {path: dict(arrays) for path, arrays in adapter.weights.items()}
     for path, arrays in weights.items():
+        if "adamss_labels" in arrays:
+            for name in ("adamss_labels", "adamss_ranks"):
+                np.testing.assert_array_equal(arrays[name], found[f"base_model.model.{path}.{name}"])
+            continue
         a, b = (found[f"base_model.model.{path}.psoft_{side}"] for side in "AB")
         signs = np.sign((a * arrays["psoft_A"]).sum(1))
         np.testing.assert_allclose(signs[:, None] * arrays["psoft_A"], a, atol=1e-4)
         np.testing.assert_allclose(signs * arrays["psoft_B"], b, atol=1e-4)
         arrays.update(psoft_A=jnp.asarray(a), psoft_B=jnp.asarray(b))
     return dataclasses.replace(wrapped, adapters={"default": dataclasses.replace(adapter, weights=weights)})
+
+
+def settled(model: Any) -> Any:
+    """PEFT's FRoD solves for U before it reads V from a file: here again, by its own function, of V as it was read."""
+    for module in model.modules():
+        if hasattr(module, "_calculate_frod_u_and_lambda"):
+            weight = module.get_base_layer().weight
+            weight = weight.T if module.fan_in_fan_out else weight
+            module.frod_U["default"] = module._calculate_frod_u_and_lambda(module.frod_V["default"], weight)[0]
+    return model
 
 
 def torch_outputs(row: Row, model: Any) -> np.ndarray:

@@ -35,7 +35,12 @@ ROWS = [
         scale=1.0,
     ),
     Row(
-        "road_1", "RoadConfig", {"target_modules": ["q_proj", "up_proj"], "group_size": 2}, "blocks", scale=1.0, rate=0.02
+        "road_1",
+        "RoadConfig",
+        {"target_modules": ["q_proj", "up_proj"], "group_size": 2},
+        "blocks",
+        scale=1.0,
+        rate=0.02,
     ),
     Row(
         "road_2",
@@ -90,5 +95,41 @@ ROWS = [
         "images",
         scale=0.8,
         rate=0.02,
+    ),
+    Row("hira", "HiraConfig", {"r": 2, "target_modules": ["embed", "conv", "first"]}, scale=0.8),
+    Row("hira, images", "HiraConfig", {"r": 2, "target_modules": ["conv", "next"]}, "images", scale=0.8),
+    Row("hira, volumes", "HiraConfig", {"r": 3, "target_modules": ["conv"]}, "volumes", scale=0.8, rate=0.5),
+    Row(
+        "hira, transposed",
+        "HiraConfig",
+        {"r": 2, "target_modules": ["first"], "fan_in_fan_out": True},
+        "transposed",
+        scale=0.8,
+    ),
+    Row("glora", "GloraConfig", {"r": 2, "target_modules": ["first", "second"]}),
+    Row(
+        "glora, vectors",
+        "GloraConfig",
+        {"target_modules": ["first", "second"], "config_A_B": "vector", "config_C": "vector", "config_D_E": "vector"},
+    ),
+    Row(
+        "glora, constants",
+        "GloraConfig",
+        {"target_modules": ["first", "second"], "config_A_B": "constant", "config_C": "none", "config_D_E": "none"},
+    ),
+    Row("glora, the bias alone", "GloraConfig", {"r": 2, "target_modules": ["first"], "config_A_B": "none"}),
+    Row(
+        "adalora",
+        "AdaLoraConfig",
+        {"init_r": 3, "target_r": 2, "total_step": 10, "lora_alpha": 5, "target_modules": ["first", "second"]},
+        scale=1.0,
+    ),
+    Row(
+        "adalora, images",
+        "AdaLoraConfig",
+        {"init_r": 2, "target_r": 1, "total_step": 10, "target_modules": ["conv", "next"]},
+        "images",
+        scale=0.6,
+        rate=0.01,
     ),
 ]
