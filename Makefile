@@ -5,7 +5,10 @@ BIN := .venv/bin
 TORCH := torch==2.13.0
 
 # Thousands of small programs that run once: to optimise them would take most of the time. CI does, on the newest JAX.
-QUICK := JAX_DISABLE_MOST_OPTIMIZATIONS=1
+# Many are the same ones, in other tests or from the run before.
+CACHE := JAX_COMPILATION_CACHE_DIR=$(CURDIR)/.cache/jax JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=0 \
+	JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES=-1
+QUICK := JAX_DISABLE_MOST_OPTIMIZATIONS=1 $(CACHE)
 
 .PHONY: quickstart quicktour test lint clean
 
@@ -31,4 +34,4 @@ lint: .venv/installed
 	$(BIN)/pyright
 
 clean:
-	rm -rf .venv quickstart-out
+	rm -rf .venv .cache quickstart-out

@@ -147,8 +147,7 @@ def _layers(adapter: Adapter, tree: Adapter | None = None) -> list[tuple[str, st
     ]
     beside = ".token_adapter" if method_of(adapter.config).has_sites else ""
     rows = [
-        (f"{parent(leaf)}{beside}", "TrainableTokensLayer", jax.tree.leaves(held.rows[leaf]))
-        for leaf in adapter.rows
+        (f"{parent(leaf)}{beside}", "TrainableTokensLayer", jax.tree.leaves(held.rows[leaf])) for leaf in adapter.rows
     ]
     return [*found, *rows, *_in_full(adapter, held.replaced)]
 

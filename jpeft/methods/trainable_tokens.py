@@ -5,6 +5,7 @@
 `trainable_tokens_delta (k, features)`: values, which stand in the place of the table's, not differences. Where the
 table is the output layer too, they act there as well. Costs k features parameters; k features of memory besides, a
 search among k numbers for each token of a lookup, and 2 k features FLOPs for each token of an output layer.
+PEFT's forward fails if targets name a tied output layer beside its table; here that name is left out, being implied.
 """
 
 import dataclasses
