@@ -32,7 +32,8 @@ def problems_in_torch(folder: Path, tensors: Mapping[str, np.ndarray], torch_mod
             warnings.simplefilter("ignore")
             loaded = peft.PeftModel.from_pretrained(model, str(folder))
             there = peft.get_peft_model_state_dict(loaded, save_embedding_layers=False)
-            if (config := loaded.peft_config["default"]).peft_type == "ADALORA":
+            config: Any = loaded.peft_config["default"]
+            if config.peft_type == "ADALORA":
                 # By which it would cut the ranks that are left once more.
                 config.rank_pattern = None
             result = peft.set_peft_model_state_dict(loaded, peft.load_peft_weights(str(folder), device="cpu"))

@@ -188,8 +188,8 @@ def _check_invocation(tokens: Any, task_type: Any) -> None:
         raise ValueError(f"alora_invocation_tokens is {tokens!r}; expected a list of the ids of tokens, or None")
     if task_type != "CAUSAL_LM":
         warnings.warn(
-            f"alora_invocation_tokens is given with task_type={getattr(task_type, 'value', None)!r}; PEFT has aLoRA for 'CAUSAL_LM' alone, and "
-            "in models of other tasks without an effect",
+            f"alora_invocation_tokens is given with task_type={getattr(task_type, 'value', None)!r}; PEFT has aLoRA "
+            "for 'CAUSAL_LM' alone, and in models of other tasks without an effect",
             stacklevel=5,
         )
 
