@@ -60,7 +60,8 @@ class MethodRow:
     compared with merged weights is left to tests of its own. collective: whether what
     a module begins with depends on which others there are. context: what `with_context` has to bring for two rows.
     misfits: cases whose layers have sizes that the method refuses with these options. apart: {case: what `explain`
-    says of it instead}. flat: {case: arrays without an influence on its outputs}.
+    says of it instead}. flat: {case: arrays without an influence on its outputs}. reads: whether a fresh adapter
+    depends on the values of the weight.
     """
 
     name: str
@@ -79,6 +80,7 @@ class MethodRow:
     flat: Mapping[str, frozenset[str]] = dataclasses.field(default_factory=dict)
     mergeable: bool = True
     collective: bool = False
+    reads: bool = False
     context: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     def runs(self, case: Case) -> bool:

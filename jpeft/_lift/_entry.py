@@ -10,10 +10,22 @@ import jax.numpy as jnp
 
 from .._arrays import arrays_at, over_stack
 from .._config import FrozenMapping, TunerConfig
-from .._contract import EMBEDDING, OUTPUT, STACK, VOCABULARY, WINDOW, Merge, Method, Site, merged, method_of
+from .._contract import (
+    EMBEDDING,
+    OUTPUT,
+    STACK,
+    VOCABULARY,
+    WINDOW,
+    Merge,
+    Method,
+    Site,
+    is_quantised,
+    merged,
+    method_of,
+)
 from .._params import Adapter, PeftParams, Rng
 from .._paths import fold_in_name, last_name, leaves_by_path, parent
-from .._sites import canonical, checked_weight
+from .._sites import canonical
 from .._stacks import layer_paths
 from .._targets import saved_modules
 from .._tokens import TokenRows, row_method
@@ -169,10 +181,20 @@ def replaced_leaves(wrapped: PeftParams) -> dict[str, Any]:
     for adapter, method, path, site, leaf in changed:
         own, alike = arrays_at(adapter, path)
         if method.needs_base:
-            own["base"] = canonical(checked_weight(leaves[site.leaf], site), site.layout)
+            own["base"] = canonical(_checked_base(leaves[site.leaf], site), site.layout)
         into = functools.partial(merged, method, adapter.config)
         replaced[leaf] = merged_bias(into, own, alike, replaced.get(leaf, leaves[leaf]), site)
     return replaced
+
+
+def _checked_base(leaf: Any, site: Site) -> Any:
+    if is_quantised(leaf.dtype):
+        raise ValueError(
+            f"the adapted bias of {site.path!r} depends on the weight, but {site.leaf!r} is quantised: its dtype is "
+            f"{leaf.dtype}; expected a floating-point one of 16 bits or more: give this module unquantised, or leave "
+            "it out of target_modules"
+        )
+    return leaf
 
 
 def merged_bias(

@@ -165,9 +165,9 @@ def check_scaled(weight: AdaptedWeight, used_by: str) -> None:
     """Raise ValueError if the weight is still the codes of a quantised leaf: adapters act on what codes stand for."""
     if weight.scaled is False and weight.terms:
         raise ValueError(
-            f"{weight.leaf!r} is quantised ({weight.terms[0].site.dtype}) and used by {used_by} before its scale is "
-            "applied, so that its adapter would be scaled too; expected it dequantised first, as in "
-            "`x @ (kernel.astype(x.dtype) * scale)` (a zero point is subtracted before; without a scale, multiply by 1)"
+            f"{weight.leaf!r} is quantised and used by {used_by} before its scale is applied, so that its adapter "
+            "would be scaled, too; expected it dequantised first, as in `x @ (kernel.astype(x.dtype) * scale)` (a zero "
+            "point is subtracted before; without a scale, multiply by 1)"
         )
 
 
