@@ -12,6 +12,7 @@ the floor.
 """
 
 import argparse
+import dataclasses
 import functools
 import json
 import os
@@ -22,8 +23,6 @@ from typing import Any
 # PyTorch's threads would otherwise spin for a while after each of its steps, on the cores of JAX's next one.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("KMP_BLOCKTIME", "0")
-
-import dataclasses
 
 import jax
 import jax.numpy as jnp
@@ -71,9 +70,9 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--methods", nargs="+", choices=METHODS, metavar="NAME", help=f"of {', '.join(METHODS)}")
     parser.add_argument("--width", type=int, default=512, help="a multiple of 512; the MLP's is 2.75 times that")
-    parser.add_argument("--layers", type=int, default=2)
+    parser.add_argument("--layers", type=int, default=1)
     parser.add_argument("--vocabulary", type=int, default=1024)
-    parser.add_argument("--tokens", type=int, default=512, help="tokens a step, in two sequences")
+    parser.add_argument("--tokens", type=int, default=1024, help="tokens a step, in two sequences")
     parser.add_argument("--repeats", type=int, default=7, help="rounds")
     parser.add_argument("--skip-torch", action="store_true")
     parser.add_argument("--json", help="write the report to this file")

@@ -18,7 +18,7 @@ class Format:
     passive: {field: PEFT's default} of fields that change nothing once an adapter is trained; kept and written back.
     neutral: {field: values with which it changes nothing, PEFT's default first}; with any other it is refused.
     layers: arrays that are the weight of a small layer of their own in PyTorch, so that their keys end in ".weight";
-    a name stands for those that begin with it and a dot, too. copies: shared arrays of which the file has a copy in
+    a name stands for those with a number after it and a dot, too. copies: shared arrays of which the file has a copy in
     each module that uses them. both: shared arrays of which it has the copies and the one of the whole model.
     integers: {array: its dtype in the file} where that is wider than JAX has by default. lacks: fields of every config
     here that PEFT's config of the method does not have; files do not hold them. unwritten: fields that only tell how an
@@ -36,7 +36,8 @@ class Format:
     unwritten: frozenset[str] = frozenset()
 
     def is_layer(self, name: str) -> bool:
-        return name in self.layers or name.partition(".")[0] in self.layers
+        first, _, number = name.partition(".")
+        return name in self.layers or (first in self.layers and number.isdigit())
 
     def defaults(self) -> dict[str, Any]:
         return {**self.passive, **{name: values[0] for name, values in self.neutral.items()}}

@@ -232,6 +232,8 @@ def _general(
         raise Unsupported("batches over input or output axes")
     if backwards and not all(term.method.linear for term in weight.terms):
         raise Unsupported("the transposed weight of a method that is not linear")
+    # As in `_low_rank`: on CPU the gradient of thin products of more axes is slow.
+    flat = platform() == "cpu" and not any(term.method.row_inputs for term in weight.terms)
     inputs, outputs = of_role(axes, INPUT), of_role(axes, OUTPUT)
     x_mapped = [axis for axis in mapped if axis in product.x_labels]
     summed, made = (outputs, inputs) if backwards else (inputs, outputs)
@@ -247,7 +249,11 @@ def _general(
 
     def forwards(x: jax.Array, w: jax.Array, arrays: list[dict[str, jax.Array]]) -> jax.Array:
         base = Base(lambda x: apply(x, w), apply, lambda a: project(a, w), lambda: w)
-        return chained(context, equation, weight.terms, arrays, base)(x)
+        call = chained(context, equation, weight.terms, arrays, base)
+        if not flat:
+            return call(x)
+        y = call(x.reshape(-1, x.shape[-1]))
+        return y.reshape(*x.shape[:-1], y.shape[-1])
 
     def one(x: jax.Array, w: jax.Array, arrays: list[dict[str, jax.Array]]) -> jax.Array:
         if not backwards:

@@ -2,15 +2,15 @@
 
 import functools
 import math
-from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from .._contract import wide_dtype, wider
+from .._contract import Base, wide_dtype, wider
 from .._torch_random import randperm
+from ._dense import changed_product
 
 
 def product(
@@ -19,20 +19,33 @@ def product(
     inputs: Any,
     outputs: Any,
     features: int,
-    multiply: Callable[[jax.Array, jax.Array], jax.Array] = jnp.matmul,
 ) -> jax.Array:
     """x (..., in) times the matrix (in, features) that has `values` at (inputs, outputs), in float32 or wider.
 
-    multiply(x, kernel): the product with a dense matrix. Entries with an output of `features` or more do nothing.
+    Entries with an output of `features` or more do nothing.
     """
     values = values.astype(wide_dtype(wider(x.dtype, values.dtype)))
     rows = math.prod(x.shape[:-1])
-    # Measured on CPUs: for more rows a dense matrix, made for each use, takes less time than to gather and scatter.
-    if 2 * rows * values.size > x.shape[-1] * features:
-        return multiply(x, scattered(values, inputs, outputs, (x.shape[-1], features))).astype(values.dtype)
+    if is_dense(x, values, features):
+        return jnp.matmul(x, scattered(values, inputs, outputs, (x.shape[-1], features))).astype(values.dtype)
     columns = x.reshape(rows, x.shape[-1]).T.astype(values.dtype)
     y = jnp.zeros((features, rows), values.dtype).at[outputs].add(columns[inputs] * values[:, None])
     return y.T.reshape(*x.shape[:-1], features)
+
+
+def is_dense(x: jax.Array, values: jax.Array, features: int) -> bool:
+    """Whether a dense matrix, made for each use, takes less time than to gather and scatter: measured on CPUs."""
+    return 2 * math.prod(x.shape[:-1]) * values.size > x.shape[-1] * features
+
+
+def sparsely_changed(x: jax.Array, base: Base, values: jax.Array, inputs: Any, outputs: Any) -> jax.Array:
+    """x times the base weight (in, out) with `values` added at (inputs, outputs)."""
+    n_in, n_out = base.weight().shape
+    if is_dense(x, values, n_out):
+        values = values.astype(wide_dtype(wider(x.dtype, values.dtype)))
+        return changed_product(x, base, scattered(values, inputs, outputs, (n_in, n_out)))
+    y = base(x)
+    return y + product(x, values, inputs, outputs, n_out).astype(y.dtype)
 
 
 def scattered(values: jax.Array, inputs: Any, outputs: Any, shape: tuple[int, int]) -> jax.Array:

@@ -13,6 +13,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ._sparse import drawn_places
+
 FAMILIES = (
     *(f"db{n}" for n in range(1, 11)),
     *(f"sym{n}" for n in range(2, 11)),
@@ -134,3 +136,14 @@ def analysis(family: str, values: jax.Array) -> jax.Array:
         for n in range(2)
     ]
     return jnp.concatenate([functools.reduce(jnp.add, own) for own in terms], axis=-1)
+
+
+@functools.lru_cache(maxsize=64)
+def coefficient_places(n_in: int, n_out: int, count: int, seed: int, family: str) -> tuple[np.ndarray, np.ndarray]:
+    """(inputs, outputs) of the coefficients that train: those drawn for the weight, in the middle of C."""
+    inputs, outputs = drawn_places(n_in, n_out, count, seed)
+    all_in, all_out = coefficients(family, n_in), coefficients(family, n_out)
+    inputs, outputs = inputs + (all_in - n_in) // 2, outputs + (all_out - n_out) // 2
+    swapped = (inputs >= all_in // 2) != (outputs >= all_out // 2)
+    turned = (inputs + all_in // 2) % all_in, (outputs + all_out // 2) % all_out
+    return np.where(swapped, turned[0], inputs), np.where(swapped, turned[1], outputs)

@@ -5,9 +5,10 @@
 In PyTorch's orientation A and B are `glora_A.Xd (out, r)` times `glora_A.Xu (r, in)`, or `.X (out, 1)`, or `.X (1)`; C
 is `.Xd (in, r)` times `.Xu (r, 1)`, or `.X (in, 1)`; D and E are `.X (out)` or `.X (1)`. What is switched off, as C, D
 and E are in layers without a bias, PEFT's files hold as `.zeros`, which do not train and are not used. Costs 2 r (in +
-out) + r (in + 1) + 2 parameters as it is by default, 2 in out FLOPs for each token, and (4 r + 2) in out for each pass
-to build W * A + B; with vectors or constants 4 out + in for each token and no matrix. Of several active adapters D is
-of the base's bias in PEFT, and here of what the adapters before have made of it.
+out) + r (in + 1) + 2 parameters as it is by default, 2 in out FLOPs for each token where the change cannot be added to
+the weight (`_dense.py`), and (4 r + 2) in out for each pass to build W * A + B; with vectors or constants 4 out + in
+for each token and no matrix. Of several active adapters D is of the base's bias in PEFT, and here of what the adapters
+before have made of it.
 """
 
 import dataclasses
@@ -19,6 +20,7 @@ import jax.numpy as jnp
 
 from .._config import PeftType, TunerConfig
 from .._contract import Arrays, Base, Method, Site, register, wider
+from ._dense import changed_product
 from ._elementwise import multiplied
 from ._lycoris import kaiming_uniform
 
@@ -93,21 +95,19 @@ def part(p: Arrays, letter: str) -> jax.Array | None:
 
 
 def forward(p: Arrays, x: jax.Array, base: Base, site: Site, context: Mapping[str, Any]) -> jax.Array:
-    y, a, b = base(x), part(p, "A"), part(p, "B")
+    a, b = part(p, "A"), part(p, "B")
     if a is None or b is None:
-        return y
+        return base(x)
     if a.ndim == 2:
         w = base.weight()
-        kernel = multiplied(w.astype(wider(w.dtype, a.dtype)), a.T) + b.T
-        return y + base.apply(x, kernel).astype(y.dtype)
-    change = multiplied(base.apply(x, base.weight()), a)
+        return changed_product(x, base, multiplied(w.astype(wider(w.dtype, a.dtype)), a.T) + b.T)
+    y, change = base(x), multiplied(base.apply(x, base.weight()), a)
     return y + change.astype(y.dtype) + multiplied(x.sum(-1, keepdims=True).astype(y.dtype), b)
 
 
 def merge(p: Arrays, w: jax.Array, b: jax.Array | None, site: Site) -> tuple[jax.Array, jax.Array | None]:
-    found = ((letter, part(p, letter)) for letter in "ABCDE")
-    own, base = {letter: value.astype(w.dtype) for letter, value in found if value is not None}, p["base"]
-    base = base.astype(w.dtype)
+    found, base = ((letter, part(p, letter)) for letter in "ABCDE"), p["base"].astype(w.dtype)
+    own = {letter: value.astype(w.dtype) for letter, value in found if value is not None}
     changed = w + base * own["A"].T + own["B"].T if "A" in own else w
     if b is None:
         return changed, b

@@ -78,11 +78,12 @@ def init(key: jax.Array, site: Site, config: GraloraConfig, weight: Callable[[],
 def forward(p: Arrays, x: jax.Array, base: Base, site: Site, context: Mapping[str, Any]) -> jax.Array:
     a, b = p["gralora_A"].astype(x.dtype), p["gralora_B"].astype(x.dtype)
     y, x = base(x), dropped(x, context)
-    k, parts, r = a.shape
-    h = jnp.einsum("...ni,nir->...nr", x.reshape(*x.shape[:-1], k, parts), a)
+    k = a.shape[0]
+    # Block by block, as there are few: batched products would copy x with its blocks in front.
+    thin = [jnp.split(part @ own, k, axis=-1) for part, own in zip(jnp.split(x, k, axis=-1), a, strict=True)]
     # Slice j of the ranks of every row of blocks goes to column j.
-    h = jnp.swapaxes(h.reshape(*h.shape[:-1], k, r // k), -3, -2).reshape(*h.shape[:-1], r)
-    change = jnp.einsum("...jr,jro->...jo", h, b).reshape(*x.shape[:-1], -1)
+    columns = [jnp.concatenate([row[j] for row in thin], axis=-1) @ b[j] for j in range(k)]
+    change = jnp.concatenate(columns, axis=-1)
     if "gralora_A_general" in p:
         inner = base.apply(x, p["gralora_A_general"].T)
         change = change + (inner @ p["gralora_B_general"].T.astype(inner.dtype)).astype(change.dtype)

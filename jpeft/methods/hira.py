@@ -3,9 +3,10 @@
     W' = W + W0 * (A B),   W0 the base weight itself      (https://openreview.net/forum?id=TwJrTz9cRS)
 
 `hira_A (r, in, *window)` and `hira_B (out, r, *ones)`; on lookup tables `hira_embedding_A (r, vocabulary)`,
-`hira_embedding_B (out, r)`. Costs r (in + out) parameters, 2 in out FLOPs for each token, and for each pass (2 r + 1)
-in out to build W * (A B), which no skinny product can replace; a lookup costs 2 r out + out and builds nothing. PEFT's
-first adapter has the rank r in every layer, whatever rank_pattern says; here the pattern counts.
+`hira_embedding_B (out, r)`. Costs r (in + out) parameters, 2 in out FLOPs for each token where the change cannot be
+added to the weight (`_dense.py`), and for each pass (2 r + 1) in out to build W * (A B), which no skinny product can
+replace; a lookup costs 2 r out + out and builds nothing. PEFT's first adapter has the rank r in every layer, whatever
+rank_pattern says; here the pattern counts.
 """
 
 import dataclasses
@@ -18,6 +19,7 @@ import jax.numpy as jnp
 from .._config import PeftType, TunerConfig
 from .._contract import CONVOLUTION, EMBEDDING, LINEAR, Arrays, Base, Method, Site, dropped, register
 from .._patterns import value_for
+from ._dense import changed_product
 from ._elementwise import multiplied
 from ._lycoris import kaiming_uniform
 
@@ -77,12 +79,12 @@ def factors(p: Arrays, site: Site) -> tuple[jax.Array, jax.Array]:
 
 
 def forward(p: Arrays, x: jax.Array, base: Base, site: Site, context: Mapping[str, Any]) -> jax.Array:
-    (a, b), y = factors(p, site), base(x)
+    a, b = factors(p, site)
     if site.kind == EMBEDDING:
-        rows = base.apply(x, a.T)
+        y, rows = base(x), base.apply(x, a.T)
         return y + multiplied(base.apply(x, base.weight()), rows @ b.astype(rows.dtype)).astype(y.dtype)
-    kernel = multiplied(base.weight(), jnp.tensordot(a, b, axes=(0, 0)))
-    return y + base.apply(dropped(x, context), kernel).astype(y.dtype)
+    change = multiplied(base.weight(), jnp.tensordot(a, b, axes=(0, 0)))
+    return changed_product(x, base, change, dropped(x, context))
 
 
 def merge(p: Arrays, w: jax.Array, b: jax.Array | None, site: Site) -> tuple[jax.Array, jax.Array | None]:

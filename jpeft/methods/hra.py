@@ -73,10 +73,14 @@ def factors(p: Arrays, config: HRAConfig) -> tuple[jax.Array, jax.Array]:
     u = p["hra_u"].astype(wide_dtype(p["hra_u"].dtype))
     u = u / jnp.linalg.norm(u, axis=0)
     gram = jnp.matmul(u.T, u, precision="highest")
+    one = jnp.eye(config.r, dtype=u.dtype)
+    # M^-1 first, which is small: solvers for as many columns as there are inputs start threads of their own on CPUs.
     if config.apply_GS:
-        return u, jnp.linalg.solve(gram / 2, u.T)
-    m = jnp.tril(gram, -1) + jnp.eye(config.r, dtype=u.dtype) / 2
-    return u, jax.scipy.linalg.solve_triangular(m, u.T, lower=True)
+        inverse = jnp.linalg.solve(gram / 2, one)
+    else:
+        # With the squares of the lengths as they were rounded, so that pairs of equal reflections cancel.
+        inverse = jax.scipy.linalg.solve_triangular(jnp.tril(gram) * (1 - one / 2), one, lower=True)
+    return u, jnp.matmul(inverse, u.T, precision="highest")
 
 
 def forward(p: Arrays, x: jax.Array, base: Base, site: Site, context: Mapping[str, Any]) -> jax.Array:

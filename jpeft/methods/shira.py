@@ -4,7 +4,8 @@
 
 `shira_weight` (n) trains; `shira_indices (2, n)`, int32: outputs and inputs of the entries, row by row of PyTorch's
 weight, does not. Costs n parameters. For each token 2 n FLOPs and n numbers of memory where 2 rows n <= in out for the
-rows of all tokens, as in decoding; else 2 in out FLOPs and, for each use, one matrix (in, out).
+rows of all tokens, as in decoding; else, for each use, one matrix (in, out), and no FLOPs where it can be added to the
+weight (`_dense.py`), 2 in out where it cannot.
 """
 
 import dataclasses
@@ -18,7 +19,7 @@ from jax.core import Tracer
 
 from .._config import PeftType, TunerConfig
 from .._contract import Arrays, Base, Method, Site, register
-from ._sparse import check_count, check_seed, drawn_places, product
+from ._sparse import check_count, check_seed, drawn_places, sparsely_changed
 
 # What `torch.Generator()` begins with.
 _TORCH_SEED = 67280421310721
@@ -94,8 +95,8 @@ def _entries(key: jax.Array, site: Site, config: ShiraConfig, count: int, weight
 
 
 def forward(p: Arrays, x: jax.Array, base: Base, site: Site, context: Mapping[str, Any]) -> jax.Array:
-    y, (outputs, inputs) = base(x), p["shira_indices"]
-    return y + product(x, _values(p), inputs, outputs, site.out_features, base.apply).astype(y.dtype)
+    outputs, inputs = p["shira_indices"]
+    return sparsely_changed(x, base, _values(p), inputs, outputs)
 
 
 def merge(p: Arrays, w: jax.Array, b: jax.Array | None, site: Site) -> tuple[jax.Array, jax.Array | None]:

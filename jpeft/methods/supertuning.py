@@ -5,7 +5,8 @@
 `supertuning_values` (n) trains, n = (1 - sparsity) in out, and with r `supertuning_lora_A (r, in)` and `_B (out, r)`;
 `supertuning_indices` (n), int32: places in PyTorch's weight (out, in), flat, by size, does not. Costs n + r (in + out)
 parameters; for each token 2 n + 2 r (in + out) FLOPs and n + r numbers where 2 rows n <= in out for the rows of all
-tokens; else 2 in out instead of 2 n, and a matrix (in, out). PEFT wraps places beyond 2^31; here they are refused.
+tokens; else, instead of 2 n, a matrix (in, out) that is added to the weight where it can be (`_dense.py`). PEFT wraps
+places beyond 2^31; here they are refused.
 """
 
 import dataclasses
@@ -19,7 +20,7 @@ from jax.core import Tracer
 
 from .._contract import Arrays, Base, Method, Site, dropped, register
 from ._lycoris import kaiming_uniform
-from ._sparse import product
+from ._sparse import sparsely_changed
 from ._supertuning_config import SupertuningConfig as SupertuningConfig
 
 
@@ -64,8 +65,8 @@ def sides(p: Arrays, config: Any) -> tuple[jax.Array, jax.Array]:
 
 
 def forward(p: Arrays, x: jax.Array, base: Base, site: Site, context: Mapping[str, Any]) -> jax.Array:
-    y, (values, inputs, outputs), config = base(x), _entries(p, site), context["config"]
-    y = y + product(x, values, inputs, outputs, site.out_features, base.apply).astype(y.dtype)
+    config = context["config"]
+    y = sparsely_changed(x, base, *_entries(p, site))
     if config.r is None:
         return y
     a, b = sides(p, config)

@@ -4,26 +4,26 @@
     (https://arxiv.org/abs/2505.12532)
 
 `waveft_spectrum` (n) trains; where the coefficients are, a seed says. With filters of L taps C is (in + L - 2, out + L
-- 2), made even. The change is not built: x T_in, times C, times T_out^T. Costs n parameters; for each token 2 n FLOPs
-where 2 rows n <= in out for the rows of all tokens (else 2 in out and, for each use, a matrix of C's size) and, with
-use_idwt, 2 L (in + out). PEFT swaps the quadrants of C beside its diagonal, and files are trained so, so here, too.
+- 2), made even. Costs n parameters. Where 2 rows n <= in out for the rows of all tokens the change is not built: x
+T_in, times C, times T_out^T, for each token 2 n FLOPs and, with use_idwt, 2 L (in + out); else it is built for each use
+and costs 2 in out more, or nothing where it can be added to the weight. PEFT swaps the quadrants of C beside its
+diagonal, and files are trained so, so here, too.
 """
 
 import dataclasses
-import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from .._config import PeftType, TunerConfig
 from .._contract import Arrays, Base, Method, Site, register, wide_dtype, wider
 from .._patterns import value_for
+from ._dense import changed_product
 from ._projections import of_each
-from ._sparse import check_count, check_frequencies, drawn_places, product, scattered
-from ._wavelets import analysis, coefficients, scaling_filter, synthesis
+from ._sparse import check_count, check_frequencies, drawn_places, is_dense, product, scattered
+from ._wavelets import analysis, coefficient_places, coefficients, scaling_filter, synthesis
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -77,41 +77,38 @@ def together(
     return {}, of_each(lambda key, site, config: initial(key, site, config, each[site.path]), key, sites, config)
 
 
-@functools.lru_cache(maxsize=64)
-def coefficient_places(n_in: int, n_out: int, count: int, seed: int, family: str) -> tuple[np.ndarray, np.ndarray]:
-    """(inputs, outputs) of the coefficients that train: those drawn for the weight, in the middle of C."""
-    inputs, outputs = drawn_places(n_in, n_out, count, seed)
-    all_in, all_out = coefficients(family, n_in), coefficients(family, n_out)
-    inputs, outputs = inputs + (all_in - n_in) // 2, outputs + (all_out - n_out) // 2
-    swapped = (inputs >= all_in // 2) != (outputs >= all_out // 2)
-    turned = (inputs + all_in // 2) % all_in, (outputs + all_out // 2) % all_out
-    return np.where(swapped, turned[0], inputs), np.where(swapped, turned[1], outputs)
-
-
 def forward(p: Arrays, x: jax.Array, base: Base, site: Site, context: Mapping[str, Any]) -> jax.Array:
-    y, values, config = base(x), p["waveft_spectrum"], context["config"]
+    values, config = p["waveft_spectrum"], context["config"]
     values = values.astype(wide_dtype(wider(values.dtype, x.dtype)))
+    values = p["scaling"].astype(values.dtype) * values
     n_in, n_out, family = site.in_features, site.out_features, config.wavelet_family
+    if is_dense(x, values, n_out):
+        return changed_product(x, base, change_of(values, n_in, n_out, config))
     if config.use_idwt:
         places = coefficient_places(n_in, n_out, values.size, config.random_loc_seed, family)
         found = analysis(family, x.astype(values.dtype))
         change = synthesis(family, n_out, product(found, values, *places, coefficients(family, n_out)))
     else:
         places = drawn_places(n_in, n_out, values.size, config.random_loc_seed)
-        change = product(x, values, *places, n_out, base.apply)
-    return y + (p["scaling"].astype(change.dtype) * change).astype(y.dtype)
+        change = product(x, values, *places, n_out)
+    y = base(x)
+    return y + change.astype(y.dtype)
+
+
+def change_of(values: jax.Array, n_in: int, n_out: int, config: WaveFTConfig) -> jax.Array:
+    """T_in C T_out^T (in, out) for the values of C."""
+    family, seed = config.wavelet_family, config.random_loc_seed
+    if not config.use_idwt:
+        return scattered(values, *drawn_places(n_in, n_out, values.size, seed), (n_in, n_out))
+    places = coefficient_places(n_in, n_out, values.size, seed, family)
+    c = scattered(values, *places, (coefficients(family, n_in), coefficients(family, n_out)))
+    return synthesis(family, n_in, synthesis(family, n_out, c).T).T
 
 
 def merge(p: Arrays, w: jax.Array, b: jax.Array | None, site: Site) -> tuple[jax.Array, jax.Array | None]:
     config: Any = p["config"]
-    n_in, n_out, family, values = *w.shape, config.wavelet_family, p["waveft_spectrum"].astype(w.dtype)
-    if config.use_idwt:
-        places = coefficient_places(n_in, n_out, values.size, config.random_loc_seed, family)
-        change = scattered(values, *places, (coefficients(family, n_in), coefficients(family, n_out)))
-        change = synthesis(family, n_in, synthesis(family, n_out, change).T).T
-    else:
-        change = scattered(values, *drawn_places(n_in, n_out, values.size, config.random_loc_seed), (n_in, n_out))
-    return w + p["scaling"].astype(w.dtype) * change, b
+    values = p["scaling"].astype(w.dtype) * p["waveft_spectrum"].astype(w.dtype)
+    return w + change_of(values, w.shape[0], w.shape[1], config), b
 
 
 WAVEFT = register(

@@ -1,6 +1,7 @@
 """IA3, RoAd, LoHa, LoKr, HiRA, GLoRA and AdaLoRA: the papers' formulas in numpy float64, costs and refusals."""
 
 import dataclasses
+import re
 
 import jax
 import jax.numpy as jnp
@@ -341,11 +342,25 @@ def test_hira_beside_another_adapter_changes_the_base_weight_alone(x64):
     np.testing.assert_allclose(jpeft.merge(wrapped)["w"]["kernel"], w + change)
 
 
-def test_hira_costs_a_second_product_and_its_matrix():
+def test_hira_costs_its_matrix():
     rows, inputs, outputs, r = 64, 32, 48, 4
     found, added = cost(jpeft.HiraConfig(target_modules=["w"], r=r), inputs, outputs, rows)
     assert found == r * (inputs + outputs)
-    assert added == pytest.approx((2 * rows + 2 * r + 1) * inputs * outputs, rel=0.05)
+    assert added == pytest.approx((2 * r + 2) * inputs * outputs, rel=0.05)
+
+
+@pytest.mark.parametrize(("dtype", "dropout", "others", "products"), [
+    ("float32", 0.0, 0, 1), ("float32", 0.1, 0, 2), ("bfloat16", 0.0, 0, 2), ("float32", 0.0, 1, 2)
+])  # fmt: skip
+def test_hira_takes_a_second_product_where_its_change_cannot_be_added_to_the_weight(dtype, dropout, others, products):
+    params = {"w": {"kernel": jnp.ones((32, 48), dtype), "bias": jnp.ones(48, dtype)}}
+    wrapped = jpeft.wrap(params, jpeft.HiraConfig(target_modules=["w"], hira_dropout=dropout))
+    for number in range(others):
+        wrapped = jpeft.wrap(wrapped, jpeft.HiraConfig(target_modules=["w"]), adapter_name=str(number))
+    wrapped = jpeft.with_context(jpeft.set_adapter(wrapped, list(wrapped.adapters)), rng=jax.random.key(0))
+    jaxpr = jax.make_jaxpr(jpeft.lift(dense))(wrapped, jnp.ones((64, 32), dtype))
+    # Products of x, and not of the factors; what nothing uses is called "_".
+    assert len(re.findall(r"[^_ ]:\w+\[64,48\] = dot_general", str(jaxpr))) == products
 
 
 def test_hira_begins_as_asked():
@@ -388,12 +403,12 @@ def test_glora_is_its_formula(x64, of_ab, of_c, of_de):
     check(wrapped, dense, X, (w.T + w.T * part["A"] + part["B"]).T, b + b * part["D"] + part["E"] + of_weight)
 
 
-def test_glora_costs_a_second_product_and_its_matrix():
+def test_glora_costs_its_matrix():
     rows, inputs, outputs, r = 64, 32, 48, 4
     found, added = cost(jpeft.GloraConfig(target_modules=["w"], r=r), inputs, outputs, rows)
     assert found == 2 * r * (inputs + outputs) + r * (inputs + 1) + 2
     # The new bias takes one more row.
-    assert added == pytest.approx((2 * rows + 4 * r + 2 + 2) * inputs * outputs, rel=0.05)
+    assert added == pytest.approx((4 * r + 3 + 2) * inputs * outputs, rel=0.05)
     config = jpeft.GloraConfig(target_modules=["w"], config_A_B="vector", config_C="none", config_D_E="none")
     found, added = cost(config, inputs, outputs, rows)
     assert found == 2 * outputs
