@@ -125,13 +125,13 @@ def _forward(statistic: str, p: Arrays, x: jax.Array, base: Base, site: Site, co
 
 
 def _rows_kept(mask: jax.Array | None, x: jax.Array, site: Site) -> jax.Array:
-    rows = x.shape[:-1]
+    rows = math.prod(x.shape[:-1])
     if mask is None:
-        return jnp.ones(math.prod(rows), bool)
-    if mask.size != math.prod(rows):
+        return jnp.ones(rows, bool)
+    if mask.size != rows:
         raise ValueError(
-            f"the mask has shape {mask.shape}, but the input of {site.path!r} is {x.shape}; expected a mask of its "
-            "shape without the last axis"
+            f"the mask of shape {mask.shape} has {mask.size} entries, but the input of {site.path!r} has {rows} rows; "
+            "expected a mask of the input's shape without the last axis"
         )
     return mask.reshape(-1)
 
