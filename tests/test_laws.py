@@ -72,7 +72,9 @@ lifted = jpeft.lift(function)
 @pytest.mark.parametrize("row", [row for row in METHODS if row.neutral], ids=lambda row: row.name)
 def test_a_fresh_adapter_changes_nothing(row):
     wrapped = fresh(row)
-    np.testing.assert_allclose(jax.jit(lifted)(wrapped, IDS), function(wrapped.base, IDS), rtol=1e-6)
+    # A sum of terms of order one.
+    atol = 0 if row.exact else 1e-6
+    np.testing.assert_allclose(jax.jit(lifted)(wrapped, IDS), function(wrapped.base, IDS), rtol=1e-6, atol=atol)
 
 
 @pytest.mark.parametrize("row", [row for row in METHODS if row.neutral and row.mergeable], ids=lambda row: row.name)

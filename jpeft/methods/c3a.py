@@ -83,6 +83,8 @@ def forward(p: Arrays, x: jax.Array, base: Base, site: Site, context: Mapping[st
     kernel, y = p["c3a_kernel"], base(x)
     kernel = kernel.astype(wide_dtype(wider(kernel.dtype, x.dtype)))
     size = kernel.shape[-1]
+    if size == 1:  # A matrix; JAX 0.12 on CPU cannot always compile a transform of one number.
+        return y + base.apply(x, delta(p, site)).astype(y.dtype)
     parts = x.astype(kernel.dtype).reshape(*x.shape[:-1], -1, size)
     spectrum = jnp.einsum("...nf,mnf->...mf", jnp.fft.rfft(parts), jnp.conj(jnp.fft.rfft(kernel)))
     change = jnp.fft.irfft(spectrum, n=size) / site.in_features
