@@ -227,10 +227,10 @@ def low_rank(*, factors: Factors, **fields: Any) -> Method:
     return dataclasses.replace(method, factors=factors)
 
 
-def additive(*, delta: Callable[[Arrays, Site], jax.Array], **fields: Any) -> Method:
-    """A method that adds an array to the weight."""
+def additive(*, delta: Callable[[Arrays, Site], jax.Array], forward: Forward | None = None, **fields: Any) -> Method:
+    """A method that adds an array to the weight. forward: a way that does without the array, if there is one."""
 
-    def forward(p: Arrays, x: jax.Array, base: Base, site: Site, context: Mapping[str, Any]) -> jax.Array:
+    def with_array(p: Arrays, x: jax.Array, base: Base, site: Site, context: Mapping[str, Any]) -> jax.Array:
         y = base(x)
         return y + base.apply(dropped(x, context), delta(p, site)).astype(y.dtype)
 
@@ -239,7 +239,7 @@ def additive(*, delta: Callable[[Arrays, Site], jax.Array], **fields: Any) -> Me
         wide = wide_dtype(w.dtype)
         return (w.astype(wide) + change.astype(wide)).astype(w.dtype), b
 
-    return Method(forward=forward, merge=merge, **fields)
+    return Method(forward=forward or with_array, merge=merge, **fields)
 
 
 def without_sites(**fields: Any) -> Method:

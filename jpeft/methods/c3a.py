@@ -91,4 +91,4 @@ def forward(p: Arrays, x: jax.Array, base: Base, site: Site, context: Mapping[st
     return y + change.reshape(y.shape).astype(y.dtype)
 
 
-C3A = register(dataclasses.replace(additive(config=C3AConfig, init=init, delta=delta), forward=forward))
+C3A = register(additive(config=C3AConfig, init=init, delta=delta, forward=forward))

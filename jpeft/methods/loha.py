@@ -99,15 +99,13 @@ def forward(p: Arrays, x: jax.Array, base: Base, site: Site, context: Mapping[st
 
 
 LOHA = register(
-    dataclasses.replace(
-        additive(
-            config=LoHaConfig,
-            init=init,
-            delta=delta,
-            scaling=scaling,
-            noisy=is_noisy,
-            kinds=frozenset({LINEAR, CONVOLUTION}),
-        ),
+    additive(
+        config=LoHaConfig,
+        init=init,
+        delta=delta,
         forward=forward,
+        scaling=scaling,
+        noisy=is_noisy,
+        kinds=frozenset({LINEAR, CONVOLUTION}),
     )
 )

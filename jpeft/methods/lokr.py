@@ -90,15 +90,13 @@ def forward(p: Arrays, x: jax.Array, base: Base, site: Site, context: Mapping[st
 
 
 LOKR = register(
-    dataclasses.replace(
-        additive(
-            config=LoKrConfig,
-            init=init,
-            delta=delta,
-            scaling=scaling,
-            noisy=is_noisy,
-            kinds=frozenset({LINEAR, CONVOLUTION}),
-        ),
+    additive(
+        config=LoKrConfig,
+        init=init,
+        delta=delta,
         forward=forward,
+        scaling=scaling,
+        noisy=is_noisy,
+        kinds=frozenset({LINEAR, CONVOLUTION}),
     )
 )
