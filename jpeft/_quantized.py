@@ -1,0 +1,119 @@
+"""The leaf that stands for a quantised weight: codes, their scales, and the dense weight that they mean."""
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+# The 4-bit normal floats (https://arxiv.org/abs/2305.14314, appendix E), as the paper's own code rounds them.
+NF4 = (
+    -1.0,
+    -0.6961928009986877,
+    -0.5250730514526367,
+    -0.39491748809814453,
+    -0.28444138169288635,
+    -0.18477343022823334,
+    -0.09105003625154495,
+    0.0,
+    0.07958029955625534,
+    0.16093020141124725,
+    0.24611230194568634,
+    0.33791524171829224,
+    0.44070982933044434,
+    0.5626170039176941,
+    0.7229568362236023,
+    1.0,
+)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, eq=False)
+class Quantized:
+    """A quantised weight, which stands where a leaf of the base tree stood; `jpeft.quantize` makes them.
+
+    array: a `qwix.QArray`. Its `qvalue` holds the codes in the dense shape. Its `scale` has as many axes, of sizes that
+    divide the dense ones: one scale for each block. Doubly quantised, the scale is a `QArray` of its own.
+    dtype (static): of the dense weight.
+    offset: of doubly quantised scales, what is added to them once they are dequantised; shaped to broadcast by blocks.
+    table (static): what the codes, as indices, stand for, if `array.qtype` ("nf4", int8, ...) does not say it.
+    The weight is `((table[codes] - zero point) * scale).astype(dtype)`. Codes of four bits take half a byte each on
+    devices; `.nbytes` of such an array says one.
+
+    >>> import jax, jpeft
+    >>> params = {"dense": {"kernel": jax.random.normal(jax.random.key(0), (128, 8))}}
+    >>> leaf = jpeft.quantize(params, "nf4")["dense"]["kernel"]
+    >>> leaf.shape, leaf.array.qvalue.dtype, leaf.array.scale.shape
+    ((128, 8), dtype(uint4), (2, 8))
+    """
+
+    array: Any
+    dtype: Any = dataclasses.field(metadata={"static": True})
+    offset: Any = None
+    table: tuple[float, ...] | None = dataclasses.field(default=None, metadata={"static": True})
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.array.qvalue.shape)
+
+    @property
+    def ndim(self) -> int:
+        return len(self.shape)
+
+    @property
+    def size(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def sharding(self) -> Any:
+        """Of the codes; None where they have none, such as abstract ones."""
+        return getattr(self.array.qvalue, "sharding", None)
+
+
+def is_quantized(value: Any) -> bool:
+    return isinstance(value, Quantized)
+
+
+def dense(leaf: Quantized) -> jax.Array:
+    """The weight that a quantised leaf stands for; no gradient reaches its scales."""
+    leaf = jax.tree.map(lax.stop_gradient, leaf)
+    scale = _scale(leaf.array.scale, leaf.offset)
+    values = _values(leaf.array, leaf.table, scale.dtype)
+    return by_blocks(jnp.multiply, values, scale).astype(leaf.dtype)
+
+
+def _scale(scale: Any, offset: Any) -> jax.Array:
+    if isinstance(scale, jax.Array):
+        return scale
+    values = by_blocks(jnp.multiply, _values(scale, None, scale.scale.dtype), scale.scale)
+    return values if offset is None else by_blocks(jnp.add, values, offset)
+
+
+def _values(array: Any, table: tuple[float, ...] | None, dtype: Any) -> jax.Array:
+    """What the codes stand for before they are scaled."""
+    if table is None and array.qtype == "nf4":
+        table = NF4
+    values = array.qvalue.astype(dtype) if table is None else _looked_up(array.qvalue, table, dtype)
+    if array.zero_point is None:
+        return values
+    return by_blocks(jnp.subtract, values, array.zero_point.astype(dtype))
+
+
+def _looked_up(codes: jax.Array, table: tuple[float, ...], dtype: Any) -> jax.Array:
+    return jnp.take(jnp.asarray(table, dtype), codes.astype(jnp.int32), mode="clip")
+
+
+def by_blocks(function: Callable[[jax.Array, jax.Array], jax.Array], x: jax.Array, scale: jax.Array) -> jax.Array:
+    """`function` of an array and of another whose sizes divide its own, each entry of which is for a block.
+
+    >>> by_blocks(jnp.multiply, jnp.ones((4, 2)), jnp.asarray([[1.0], [5.0]]))[:, 0].tolist()
+    [1.0, 1.0, 5.0, 5.0]
+    """
+    if all(own in (1, size) for own, size in zip(scale.shape, x.shape, strict=True)):
+        return function(x, scale)
+    split = [(own, size // own) if own != size else (size, 1) for own, size in zip(scale.shape, x.shape, strict=True)]
+    blocks = x.reshape([part for pair in split for part in pair])
+    return function(blocks, scale.reshape([part for own, _ in split for part in (own, 1)])).reshape(x.shape)
