@@ -39,7 +39,8 @@ class Quantized:
     divide the dense ones: one scale for each block. Doubly quantised, the scale is a `QArray` of its own.
     dtype (static): of the dense weight.
     offset: of doubly quantised scales, what is added to them once they are dequantised; shaped to broadcast by blocks.
-    table (static): what the codes, as indices, stand for, if `array.qtype` ("nf4", int8, ...) does not say it.
+    table, scale_table (static): what the codes of the weight and of its scales stand for, as indices, if their qtype
+    ("nf4", int8, ...) does not say it.
     The weight is `((table[codes] - zero point) * scale).astype(dtype)`. Codes of four bits take half a byte each on
     devices; `.nbytes` of such an array says one.
 
@@ -54,6 +55,7 @@ class Quantized:
     dtype: Any = dataclasses.field(metadata={"static": True})
     offset: Any = None
     table: tuple[float, ...] | None = dataclasses.field(default=None, metadata={"static": True})
+    scale_table: tuple[float, ...] | None = dataclasses.field(default=None, metadata={"static": True})
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -80,15 +82,15 @@ def is_quantized(value: Any) -> bool:
 def dense(leaf: Quantized) -> jax.Array:
     """The weight that a quantised leaf stands for; no gradient reaches its scales."""
     leaf = jax.tree.map(lax.stop_gradient, leaf)
-    scale = _scale(leaf.array.scale, leaf.offset)
+    scale = _scale(leaf.array.scale, leaf.offset, leaf.scale_table)
     values = _values(leaf.array, leaf.table, scale.dtype)
     return by_blocks(jnp.multiply, values, scale).astype(leaf.dtype)
 
 
-def _scale(scale: Any, offset: Any) -> jax.Array:
+def _scale(scale: Any, offset: Any, table: tuple[float, ...] | None) -> jax.Array:
     if isinstance(scale, jax.Array):
         return scale
-    values = by_blocks(jnp.multiply, _values(scale, None, scale.scale.dtype), scale.scale)
+    values = by_blocks(jnp.multiply, _values(scale, table, scale.scale.dtype), scale.scale)
     return values if offset is None else by_blocks(jnp.add, values, offset)
 
 
