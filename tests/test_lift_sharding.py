@@ -1,5 +1,6 @@
 """Lifted functions on meshes: base weights sharded as users shard them, adapters replicated or sharded along."""
 
+import contextlib
 import dataclasses
 from collections.abc import Callable
 from typing import Any
@@ -49,6 +50,10 @@ def out(*spec):
 def moved(tree, specs):
     explicit = AxisType.Explicit in jax.sharding.get_abstract_mesh().axis_types
     return (jax.sharding.reshard if explicit else lax.with_sharding_constraint)(tree, specs)
+
+
+def mlp_whole(p, x):
+    return jnp.tanh(x @ p["up"]["kernel"])
 
 
 def mlp_spread(p, x):
@@ -181,3 +186,20 @@ def test_lifted_equals_merged_on_a_mesh(row, axes, method):
         uses = jpeft.explain(row.function, own, given).uses
     assert_close(off_mesh(got), want)
     assert {use.how for use in uses} == set(row.how if method.factors else row.general)
+
+
+@pytest.mark.parametrize("axes", [AxisType.Auto, AxisType.Explicit], ids=lambda axes: axes.name)
+@pytest.mark.parametrize("entered", [True, False], ids=["mesh in use", "mesh of the arguments"])
+def test_rows_that_are_spread_over_a_mesh_stay_where_they_are(axes, entered):
+    # Rows made one axis could only be spread as batch-major ones: a sequence axis would have to be gathered before.
+    mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(axes, axes))
+    wrapped = adapted(Problem(mlp_whole, random_like({"up": {"kernel": (8, 16)}}, 7), (), {}), METHODS[0])
+    on_mesh = replicated(mesh, wrapped)
+    x = jax.device_put(random_like((2, 8, 8), 50, 1.0), NamedSharding(mesh, P(None, "data", None)))
+
+    def step(wrapped, x):
+        return jpeft.grad(lambda wrapped, x: jpeft.lift(mlp_whole)(wrapped, x).sum())(wrapped, x).adapters
+
+    with jax.set_mesh(mesh) if entered else contextlib.nullcontext():
+        text = jax.jit(step).lower(on_mesh, x).compile().as_text()
+    assert "all-reduce" in text and "all-gather" not in text

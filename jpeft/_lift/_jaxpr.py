@@ -4,6 +4,7 @@ Every fact that differs between JAX versions is settled here (tested on 0.10 and
 """
 
 import contextlib
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -126,8 +127,20 @@ def is_floating(aval: Any) -> bool:
     return jax.numpy.issubdtype(aval.dtype, np.inexact)
 
 
-def platform() -> str:
-    return jax.default_backend()
+def on_one_cpu(*arrays: Any) -> bool:
+    """Whether a program that computes with these arrays is compiled for a CPU, and for one device of it.
+
+    Told by the mesh that one of them is on, or that is in use, before the machine that traces: programs for TPUs are
+    compiled elsewhere, too. Manual axes of a mesh do not count, as each device has a program of its own there.
+    """
+    meshes = (*(jax.typeof(array).sharding.mesh for array in arrays), jax.sharding.get_abstract_mesh())
+    mesh = next((mesh for mesh in meshes if not mesh.empty), None)
+    if mesh is None:
+        return jax.default_backend() == "cpu"
+    kinds = zip(mesh.axis_sizes, mesh.axis_types, strict=True)
+    shared = math.prod(size for size, kind in kinds if kind != AxisType.Manual)
+    device = mesh.abstract_device
+    return shared == 1 and (jax.default_backend() if device is None else device.platform) == "cpu"
 
 
 def explicit_sharding(array: Any) -> NamedSharding | None:

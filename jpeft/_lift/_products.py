@@ -1,8 +1,8 @@
 """The rule for products with a weight.
 
 The base product runs as traced. A low-rank term is two thin products beside it, `(x a) b`, left to JAX to
-differentiate: on CPU their operands are made two-dimensional, which autodiff then keeps (measured: as fast as a
-hand-written backward pass), elsewhere they keep their axes, which suits sharding and rematerialisation.
+differentiate: on one CPU device their operands are made two-dimensional, which autodiff then keeps (measured: as fast
+as a hand-written backward pass), elsewhere they keep their axes, which suits sharding and rematerialisation.
 """
 
 import dataclasses
@@ -19,7 +19,7 @@ from .._config import FrozenMapping
 from .._contract import EMBEDDING, INPUT, OUTPUT, STACK, Base, project
 from . import _labels as lab
 from ._dropout import dropped, use_key
-from ._jaxpr import Equation, make_varying, platform, run_equation, unsharded, varying_axes
+from ._jaxpr import Equation, make_varying, on_one_cpu, run_equation, unsharded, varying_axes
 from ._record import LOW_RANK, TRANSFORMED
 from ._walk import Context, Rule
 from ._weight import (
@@ -173,7 +173,7 @@ def _low_rank(
     x = dropped(context, equation, term, x)
     factors = [term.arrays[name].astype(x.dtype) for name in (first, second)]
     labels = (term.labels[first], term.labels[second])
-    flat = _is_plain(product, *labels) and platform() == "cpu"
+    flat = _is_plain(product, *labels) and on_one_cpu(x, *factors)
     return _two_products(x, *factors, product, labels, flat, equation.params["precision"], dtype)
 
 
@@ -233,7 +233,7 @@ def _general(
     if backwards and not all(term.method.linear for term in weight.terms):
         raise Unsupported("the transposed weight of a method that is not linear")
     # As in `_low_rank`: on CPU the gradient of thin products of more axes is slow.
-    flat = platform() == "cpu" and not any(term.method.row_inputs for term in weight.terms)
+    flat = on_one_cpu(x, weight.base) and not any(term.method.row_inputs for term in weight.terms)
     inputs, outputs = of_role(axes, INPUT), of_role(axes, OUTPUT)
     x_mapped = [axis for axis in mapped if axis in product.x_labels]
     summed, made = (outputs, inputs) if backwards else (inputs, outputs)
