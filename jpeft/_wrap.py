@@ -75,7 +75,7 @@ def wrap(
 
     adapted = _read_leaves(sites, leaves, method)
     abstract = any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in leaves.values())
-    begin = _abstract_adapter if abstract else initial_adapter
+    begin = abstract_adapter if abstract else initial_adapter
     adapter = begin(key, adapted, Sites(sites), config, dtype)
     adapter = dataclasses.replace(
         adapter,
@@ -166,7 +166,7 @@ def initial_adapter(key: jax.Array, leaves: Mapping[str, Any], sites: Sites, con
     return with_derivation(Adapter(weights, shared, {}, scaling, config, sites), leaves)
 
 
-def _abstract_adapter(key: jax.Array, leaves: Mapping[str, Any], sites: Sites, config: Any, dtype: Any) -> Adapter:
+def abstract_adapter(key: jax.Array, leaves: Mapping[str, Any], sites: Sites, config: Any, dtype: Any) -> Adapter:
     """What `initial_adapter` gives, without values; one module stands for all that have arrays of the same shapes."""
     kinds = _kinds(sites, leaves, config)
     firsts: dict[Hashable, str] = {}

@@ -1,0 +1,107 @@
+"""Which axes of a method's arrays are the inputs and which the outputs of the modules that they belong to.
+
+A method does not say so; it is seen from the shapes. What it makes for modules of twice the inputs, and for modules of
+twice the outputs, shows which axes grow with which: an axis is one of inputs if it has as many entries as the module
+has inputs, twice as many with twice the inputs, and as many as before with twice the outputs. That tells the two apart
+where they are of one size, and leaves out axes that have that size by chance, blocks, and what depends on both.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from ._arrays import shared_names
+from ._contract import INPUT, OUTPUT, VOCABULARY, Site, is_quantised, method_of
+from ._mixed import MixedConfig
+from ._params import Adapter, Sites
+from ._sites import bias_sizes
+from ._wrap import abstract_adapter
+
+OTHER = "."
+"""An axis that is neither inputs nor outputs."""
+
+_INPUTS, _OUTPUTS = INPUT + VOCABULARY, OUTPUT
+
+
+def axes_of_weights(adapter: Adapter) -> dict[str, dict[str, str]]:
+    """{module path: {array name: letters}} for the last axes of each array, those of one module: 'i', 'o' or '.'.
+
+    >>> import jax.numpy as jnp, jpeft
+    >>> wrapped = jpeft.wrap({"query": {"kernel": jnp.ones((4, 4))}}, jpeft.LoraConfig(r=2, target_modules=["query"]))
+    >>> axes_of_weights(wrapped.adapters["default"])
+    {'query': {'lora_A': '.i', 'lora_B': 'o.'}}
+    """
+    wide, tall = (_grown(adapter, letters).weights for letters in (_INPUTS, _OUTPUTS))
+    sites = adapter.sites
+    return {
+        path: {
+            name: _letters(array, wide[path].get(name), tall[path].get(name), [sites[path]], len(sites[path].stack))
+            for name, array in arrays.items()
+        }
+        for path, arrays in adapter.weights.items()
+    }
+
+
+def axes_of_shared(adapter: Adapter) -> dict[str, str]:
+    """{name of a shared array: letters}, by the modules that use it; an axis has to be the inputs of all of them."""
+    if not adapter.shared:
+        return {}
+    wide, tall = (_grown(adapter, letters).shared for letters in (_INPUTS, _OUTPUTS))
+    users = users_of_shared(adapter)
+    return {
+        name: _letters(array, wide.get(name), tall.get(name), users[name], 0) for name, array in adapter.shared.items()
+    }
+
+
+def users_of_shared(adapter: Adapter) -> dict[str, list[Site]]:
+    """The modules that use each shared array."""
+    users: dict[str, list[Site]] = {name: [] for name in adapter.shared}
+    for path, names in shared_names(adapter).items():
+        for name in {name for places in names.values() for name in places}:
+            users[name].append(adapter.sites[path])
+    return users
+
+
+def _grown(adapter: Adapter, letters: str) -> Adapter:
+    """The shapes of the adapter for modules of which the axes of these letters are together twice as large."""
+    sites = Sites({path: _doubled(site, letters) for path, site in adapter.sites.items()})
+    config = adapter.config.row if isinstance(adapter.config, MixedConfig) else adapter.config
+    reads_bias = method_of(config).reads_bias
+    leaves = {path: (_weight(site), _bias(site)) if reads_bias else _weight(site) for path, site in sites.items()}
+    return abstract_adapter(jax.random.key(0), leaves, sites, config, jnp.float32)
+
+
+def _doubled(site: Site, letters: str) -> Site:
+    place = next(place for place, letter in enumerate(site.layout) if letter in letters)
+    shape = (*site.shape[:place], 2 * site.shape[place], *site.shape[place + 1 :])
+    return dataclasses.replace(site, shape=shape)
+
+
+def _weight(site: Site) -> jax.ShapeDtypeStruct:
+    # The method may read the weight, which it cannot where that is quantised; only shapes matter here.
+    dtype = jnp.dtype(site.dtype)
+    return jax.ShapeDtypeStruct(site.shape, jnp.float32 if is_quantised(dtype) else dtype)
+
+
+def _bias(site: Site) -> jax.ShapeDtypeStruct | None:
+    return None if site.bias is None else jax.ShapeDtypeStruct(bias_sizes(site), _weight(site).dtype)
+
+
+def _letters(array: Any, wide: Any, tall: Any, users: Sequence[Site], stacked: int) -> str:
+    """wide, tall: the array with twice the inputs, the outputs. stacked: how many of their axes stack modules."""
+    if wide is None or tall is None or wide.ndim != tall.ndim or wide.ndim > len(array.shape):
+        return OTHER * (len(array.shape) - stacked)
+    sizes = array.shape[len(array.shape) - wide.ndim :]
+    axes = list(zip(sizes, wide.shape, tall.shape, strict=True))
+    return "".join(_letter(*axis, users) for axis in axes[stacked:])
+
+
+def _letter(size: int, with_inputs: int, with_outputs: int, users: Sequence[Site]) -> str:
+    if (with_inputs, with_outputs) == (2 * size, size) and all(site.in_features == size for site in users):
+        return INPUT
+    if (with_inputs, with_outputs) == (size, 2 * size) and all(site.out_features == size for site in users):
+        return OUTPUT
+    return OTHER
