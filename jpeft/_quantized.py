@@ -1,6 +1,7 @@
 """The leaf that stands for a quantised weight: codes, their scales, and the dense weight that they mean."""
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -79,9 +80,34 @@ def is_quantized(value: Any) -> bool:
     return isinstance(value, Quantized)
 
 
+def is_abstract(leaf: Any) -> bool:
+    """Whether a leaf, quantised or not, has shapes and no values."""
+    return any(isinstance(array, jax.ShapeDtypeStruct) for array in jax.tree.leaves(leaf))
+
+
+@functools.partial(jax.jit, inline=True)
 def dense(leaf: Quantized) -> jax.Array:
-    """The weight that a quantised leaf stands for; no gradient reaches its scales."""
+    """The weight that a quantised leaf stands for, sharded as its codes; no gradient reaches its scales."""
     leaf = jax.tree.map(lax.stop_gradient, leaf)
+    sharding = jax.typeof(leaf.array.qvalue).sharding
+    explicit = sharding.mesh.explicit_axes
+    if not explicit:
+        return _dense(leaf)
+    # Axes in the types of arrays: the compiler sees to blocks that meet the edges of shards.
+    computed: Any = jax.sharding.auto_axes(_dense, axes=explicit, out_sharding=sharding)
+    return computed(leaf)
+
+
+def as_dense(leaf: Any) -> Any:
+    """A leaf, quantised or not and abstract or not, as the weight that it stands for."""
+    if not is_quantized(leaf):
+        return leaf
+    if is_abstract(leaf):
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)
+    return dense(leaf)
+
+
+def _dense(leaf: Quantized) -> jax.Array:
     scale = _scale(leaf.array.scale, leaf.offset, leaf.scale_table)
     values = _values(leaf.array, leaf.table, scale.dtype)
     return by_blocks(jnp.multiply, values, scale).astype(leaf.dtype)
@@ -105,7 +131,15 @@ def _values(array: Any, table: tuple[float, ...] | None, dtype: Any) -> jax.Arra
 
 
 def _looked_up(codes: jax.Array, table: tuple[float, ...], dtype: Any) -> jax.Array:
-    return jnp.take(jnp.asarray(table, dtype), codes.astype(jnp.int32), mode="clip")
+    if len(table) != 16:
+        return jnp.take(jnp.asarray(table, dtype), codes.astype(jnp.int32), mode="clip")
+    # Choices by the bits of the code: as fast as a lookup on CPU, and vector units of accelerators do it in place.
+    codes = codes.astype(jnp.int32)
+    values: list[Any] = [jnp.asarray(value, dtype) for value in table]
+    for bit in range(4):
+        odd = (codes & (1 << bit)) != 0
+        values = [jnp.where(odd, high, low) for low, high in zip(values[::2], values[1::2], strict=True)]
+    return values[0]
 
 
 def by_blocks(function: Callable[[jax.Array, jax.Array], jax.Array], x: jax.Array, scale: jax.Array) -> jax.Array:
@@ -116,6 +150,20 @@ def by_blocks(function: Callable[[jax.Array, jax.Array], jax.Array], x: jax.Arra
     """
     if all(own in (1, size) for own, size in zip(scale.shape, x.shape, strict=True)):
         return function(x, scale)
-    split = [(own, size // own) if own != size else (size, 1) for own, size in zip(scale.shape, x.shape, strict=True)]
+    split = [(size, 1) if own == size else (own, size // own) for own, size in zip(scale.shape, x.shape, strict=True)]
     blocks = x.reshape([part for pair in split for part in pair])
-    return function(blocks, scale.reshape([part for own, _ in split for part in (own, 1)])).reshape(x.shape)
+    return function(blocks, scale.reshape([part for own in scale.shape for part in (own, 1)])).reshape(x.shape)
+
+
+def taken(leaf: Quantized, index: Any) -> Quantized:
+    """One entry of the leading axis, codes and scales; index: an integer, traced or not."""
+    count = leaf.shape[0]
+    return jax.tree.map(lambda array: array[index // (count // array.shape[0])], leaf)
+
+
+def with_leading(leaf: Quantized) -> Quantized:
+    """The same leaf with scales of their own for each entry of the leading axis, so that all arrays have that axis."""
+    count = leaf.shape[0]
+    return jax.tree.map(
+        lambda array: array if array.shape[0] == count else jnp.repeat(array, count // array.shape[0], axis=0), leaf
+    )
