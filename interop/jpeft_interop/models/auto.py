@@ -10,15 +10,17 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
+from ._bitsandbytes import gathered, without_quantization
 from ._blueprint import blueprint
 from ._config import read_generation_config, read_json, with_labels
 from ._family import Architecture, Family, Options
 from ._hub import local_folder
 from ._leaves import abstract_value, initial_value, nest
-from ._loading import catalogue, load, match, weight_files
+from ._loading import load, match
 from ._model import FlaxModel
 from ._shardings import Rules, placement
 from ._stack import check_remat
+from ._tensors import catalogue, weight_files
 from .bart import BART
 from .bert import BERT
 from .bloom import BLOOM
@@ -121,14 +123,16 @@ class AutoModel:
         folder = local_folder(name_or_path, revision=revision)
         raw = _labelled(read_json(folder), num_labels)
         family, architecture = _choose(raw, self.task)
+        known, quantisation = without_quantization(raw)
         plan = blueprint(
-            family, architecture, family.read_config(raw, ignore_config_keys), _options(dtype, scan_layers, remat)
+            family, architecture, family.read_config(known, ignore_config_keys), _options(dtype, scan_layers, remat)
         )
         place = placement(mesh, sharding_rules)
         shardings = {path: place(path, leaf.shape) for path, leaf in plan.leaves.items()}
+        tensors = catalogue(weight_files(folder))
         matched = match(
             plan.leaves,
-            catalogue(weight_files(folder)),
+            tensors if quantisation is None else gathered(tensors, raw, quantisation),
             family,
             architecture,
             ignore_mismatched_sizes=ignore_mismatched_sizes,

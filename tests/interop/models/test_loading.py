@@ -22,14 +22,15 @@ from jpeft_interop.models import (
     FlaxAutoModelForCausalLM,
     FlaxAutoModelForMaskedLM,
     FlaxAutoModelForSequenceClassification,
-    _loading,
+    _tensors,
 )
 from jpeft_interop.models._family import Architecture, Family
 from jpeft_interop.models._leaves import flatten, initial_value, leaves_of, tensors_of
-from jpeft_interop.models._loading import catalogue, load, match
+from jpeft_interop.models._loading import load, match
 from jpeft_interop.models._parameters import Piece, normal, parameter, whole
 from jpeft_interop.models._saving import write_checkpoint
 from jpeft_interop.models._shardings import placement
+from jpeft_interop.models._tensors import catalogue
 
 SIZES = {
     "vocab_size": 23,
@@ -283,14 +284,14 @@ import math, sys, warnings
 import jax, numpy as np
 from jax.sharding import Mesh
 from safetensors.numpy import load_file
-from jpeft_interop.models import FlaxAutoModelForSequenceClassification as Auto, _loading
+from jpeft_interop.models import FlaxAutoModelForSequenceClassification as Auto, _tensors
 from jpeft_interop.models._leaves import flatten
 
 folder, port, process = sys.argv[1:]
 jax.config.update("jax_num_cpu_devices", 2)
 jax.distributed.initialize(f"localhost:{port}", num_processes=2, process_id=int(process))
-read, original = [], _loading._read_block
-_loading._read_block = lambda *args: (read.append(block := original(*args)), block)[1]
+read, original = [], _tensors.Tensor.read
+_tensors.Tensor.read = lambda *args: (read.append(block := original(*args)), block)[1]
 mesh = Mesh(np.array(jax.devices()), ("x",))
 assert mesh.size == 4 and jax.local_device_count() == 2
 warnings.simplefilter("ignore")
@@ -502,8 +503,8 @@ def test_old_names_and_tensors_without_use(tmp_path):
 
 
 def test_a_tensor_larger_than_what_is_read_at_a_time(folder, monkeypatch):
-    monkeypatch.setattr(_loading, "SLAB", 100)
-    monkeypatch.setattr(_loading, "BLOCK", 70)
+    monkeypatch.setattr(_tensors, "SLAB", 100)
+    monkeypatch.setattr(_tensors, "BLOCK", 70)
     assert_same(FlaxAutoModelForCausalLM.from_pretrained(folder).params, llama().params)
     split = FlaxAutoModelForCausalLM.from_pretrained(folder, mesh=mesh(4), sharding_rules=[("kernel$", P("x"))])
     assert_same(split.params, llama().params)
