@@ -64,6 +64,8 @@ from ._train import (
     trainable_mask as trainable_mask,
     value_and_grad as value_and_grad,
 )
+from ._train_state import TrainState as TrainState, train_state as train_state
+from ._train_step import make_train_step as make_train_step
 from ._weighted import add_weighted_adapter as add_weighted_adapter
 from ._wrap import disable_adapters as disable_adapters, set_adapter as set_adapter, unwrap as unwrap, wrap as wrap
 from .methods import lora_residual as _lora_residual  # noqa: F401 (its methods register themselves)
