@@ -44,6 +44,8 @@ from ._population import (
     stack_adapters as stack_adapters,
     unstack_adapters as unstack_adapters,
 )
+from ._quantize import dequantize as dequantize, quantize as quantize
+from ._quantized import Quantized as Quantized
 from ._shardings import shardings as shardings
 from ._task_vectors import (
     calculate_majority_sign_mask as calculate_majority_sign_mask,

@@ -15,6 +15,7 @@ from ._low_rank import as_arrays, as_matrices, is_plain_lora, largest_rank, padd
 from ._merge import merged_at
 from ._params import Adapter, PeftParams
 from ._paths import leaves_by_path
+from ._quantized import as_dense
 from ._retarget import copied, selecting
 from ._sites import canonical
 from ._stacks import layer_paths
@@ -113,7 +114,7 @@ def _decomposed(adapter: Adapter, site: Site, leaves: Mapping[str, Any]) -> Deco
 
 def _change(adapter: Adapter, site: Site, leaves: Mapping[str, Any]) -> jax.Array:
     """What a method that may depend on the weight makes of it, less the weight."""
-    leaf = jnp.asarray(leaves[site.leaf])
+    leaf = jnp.asarray(as_dense(leaves[site.leaf]))
     # In float32 or wider: rounding to the weight's own bfloat16 would be taken for a change.
     base = leaf.astype(wide_dtype(leaf.dtype))
     merged, _ = merged_at(adapter, site.path, base, None, base)

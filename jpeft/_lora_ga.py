@@ -10,8 +10,10 @@ import jax
 import jax.numpy as jnp
 
 from ._initial import adapter_to_initialise, linear_sites, over_stack, rank_and_scaling, weights_of, with_factors
+from ._lift import lift
 from ._params import PeftParams
-from ._paths import fold_in_name, leaf_path, leaves_by_path
+from ._paths import fold_in_name, leaves_by_path, map_leaves
+from ._quantized import as_dense
 from ._sites import canonical
 
 
@@ -33,13 +35,13 @@ def lora_ga_gradients(
     """
     sites = linear_sites(adapter_to_initialise(wrapped, adapter_name, "lora_ga"))
     leaves = leaves_by_path(wrapped.base)
-    targets = {site.leaf: leaves[site.leaf] for site in sites.values()}
+    targets = {site.leaf: as_dense(leaves[site.leaf]) for site in sites.values()}
 
     @jax.jit
     def gradient(targets: Mapping[str, Any], base: Any, batch: Any) -> dict[str, jax.Array]:
         def loss(targets: Mapping[str, Any]) -> jax.Array:
-            chosen = jax.tree_util.tree_map_with_path(lambda key, leaf: targets.get(leaf_path(key), leaf), base)
-            return loss_fn(chosen, batch)
+            chosen = map_leaves(lambda path, leaf: targets.get(path, leaf), base)
+            return lift(loss_fn)(chosen, batch)
 
         return {path: leaf.astype(jnp.float32) for path, leaf in jax.grad(loss)(targets).items()}
 

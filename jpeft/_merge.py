@@ -12,19 +12,30 @@ from jax.core import Tracer
 from ._arrays import arrays_at, over_stack
 from ._contract import Arrays, Merge, Site, is_quantised, merged as one_merged, method_of, wide_dtype
 from ._params import Adapter, PeftParams
-from ._paths import leaf_path, leaves_by_path
+from ._paths import leaves_by_path, map_leaves
+from ._quantize import dequantize, requantised
+from ._quantized import Quantized, as_dense, is_abstract, is_quantized
 from ._sites import bias_layout, bias_sizes, canonical, restored
 from ._tokens import row_method
 from ._wrap import cast_floating, checked_names, checked_params
 
 
-def merge(wrapped: PeftParams, *, adapter_names: str | Sequence[str] | None = None, safe: bool = False) -> Any:
+def merge(
+    wrapped: PeftParams,
+    *,
+    adapter_names: str | Sequence[str] | None = None,
+    safe: bool = False,
+    requantize: bool = False,
+) -> Any:
     """A tree like the base, of the same structure, shapes and dtypes, with adapters merged into its leaves.
 
     adapter_names: those to merge (default: the active ones). The arithmetic is in float32 or wider. safe: raise
     ValueError if a merged leaf is not finite (not under `jit`, where values are not known). An adapter of a lookup
     table acts on the lookup alone; where a model uses the table as its output layer too, its merged leaf changes both.
-    Raises ValueError for unknown names and for a weight that is not of a floating-point dtype.
+    Leaves of `jpeft.quantize` come out as the dense weights. requantize: keep their format; the merged weight is then
+    rounded to it, an error as large as that of quantising the base, which may well be larger than the change.
+    Raises ValueError for unknown names, for a weight that is not of a floating-point dtype, and for `requantize` of a
+    weight with zero points.
 
     >>> import jax.numpy as jnp, jpeft
     >>> params = {"query": {"kernel": jnp.ones((4, 6))}}
@@ -39,23 +50,27 @@ def merge(wrapped: PeftParams, *, adapter_names: str | Sequence[str] | None = No
         changed.update(wrapped.adapters[name].replaced)
     for adapter in (wrapped.adapters[name] for name in names):
         for path, site in adapter.sites.items():
-            weight = changed.get(site.leaf, leaves[site.leaf])
+            own = as_dense(leaves[site.leaf])
+            weight = changed.get(site.leaf, own)
             bias = None if site.bias is None else changed.get(site.bias, leaves[site.bias])
-            changed[site.leaf], merged_bias = merged_at(adapter, path, weight, bias, leaves[site.leaf])
+            changed[site.leaf], merged_bias = merged_at(adapter, path, weight, bias, own)
             if site.bias is not None:
                 changed[site.bias] = merged_bias
     for part in (part for name in names for part in wrapped.adapters[name].rows.values()):
-        weight = changed.get(part.site.leaf, leaves[part.site.leaf])
+        weight = changed.get(part.site.leaf, as_dense(leaves[part.site.leaf]))
         own, method = {"rows": part.values}, row_method(part.indices)
         changed[part.site.leaf], _ = _merged(own, frozenset(), weight, None, None, part.site, method.merge)
     for path, leaf in changed.items() if safe else ():
         _check_finite(path, leaf)
 
-    def chosen(key_path: tuple[Any, ...], leaf: Any) -> Any:
-        path = leaf_path(key_path)
-        return _like(leaf, changed[path]) if path in changed else leaf
+    def chosen(path: str, leaf: Any) -> Any:
+        if not is_quantized(leaf):
+            return _like(leaf, changed[path]) if path in changed else leaf
+        if not requantize:
+            return _like_codes(leaf, changed[path]) if path in changed else dequantize(leaf)
+        return requantised(path, leaf, changed[path]) if path in changed else leaf
 
-    return jax.tree_util.tree_map_with_path(chosen, wrapped.base)
+    return map_leaves(chosen, wrapped.base)
 
 
 def merged_at(adapter: Adapter, path: str, weight: Any, bias: Any, own: Any) -> tuple[Any, Any]:
@@ -121,6 +136,14 @@ def _like(leaf: Any, merged: Any) -> Any:
     if isinstance(leaf, np.ndarray) and not isinstance(merged, (Tracer, jax.ShapeDtypeStruct)):
         return np.asarray(merged, leaf.dtype)
     return merged
+
+
+def _like_codes(leaf: Quantized, merged: Any) -> Any:
+    if is_abstract(leaf):
+        return as_dense(leaf)
+    merged = jnp.asarray(merged, leaf.dtype)
+    sharded = not isinstance(merged, Tracer) and len(leaf.sharding.device_set) > 1
+    return jax.device_put(merged, leaf.sharding) if sharded else merged
 
 
 def _check_finite(path: str, leaf: Any) -> None:

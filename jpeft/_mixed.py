@@ -18,6 +18,7 @@ from ._config import FrozenMapping, PeftConfig, TunerConfig
 from ._contract import Method, RowInput, Site, is_plain, method_of, register
 from ._params import Adapter, PeftParams, Rng, Sites
 from ._paths import leaves_by_path
+from ._quantized import as_dense
 from ._ranks import check_zeros_are_nothing, cut, largest, padded
 from ._wrap import checked_names, checked_params
 
@@ -101,7 +102,7 @@ def mixed_batch(wrapped: PeftParams, names: Sequence[str] | None = None) -> Peft
     mixture = Adapter(
         weights={path: _stacked_arrays(path, list(adapters.values())) for path in sites},
         shared={},
-        replaced={path: _stacked([a.replaced.get(path, leaves[path]) for a in adapters.values()]) for path in copies},
+        replaced={path: _stacked([_copy_of(a, path, leaves) for a in adapters.values()]) for path in copies},
         scaling={
             path: _stacked([a.scaling.get(path, _zeros(site.stack, jnp.float32, leaves)) for a in adapters.values()])
             for path, site in sites.items()
@@ -110,6 +111,10 @@ def mixed_batch(wrapped: PeftParams, names: Sequence[str] | None = None) -> Peft
         sites=Sites(sites),
     )
     return PeftParams(base=wrapped.base, adapters={MIXED: mixture}, active=(MIXED,))
+
+
+def _copy_of(adapter: Adapter, path: str, leaves: dict[str, Any]) -> Any:
+    return adapter.replaced[path] if path in adapter.replaced else as_dense(leaves[path])
 
 
 def unmixed(mixed: PeftParams) -> PeftParams:
@@ -216,7 +221,7 @@ def row_params(mixed: PeftParams, index: jax.Array, row: Any) -> PeftParams:
     def pick_copy(path: str, copies: jax.Array) -> jax.Array:
         has = jnp.asarray([*(path in part.replaced for part in parts), False])  # the last one, too, for index -1
         taken = jnp.take(copies, index, axis=0, mode="fill")
-        return jnp.where(has[index], taken, jnp.asarray(leaves[path]).astype(taken.dtype))
+        return jnp.where(has[index], taken, jnp.asarray(as_dense(leaves[path])).astype(taken.dtype))
 
     adapter = dataclasses.replace(
         mixture,

@@ -1,10 +1,13 @@
 """Names of leaves and modules: what a key path of any parameter tree is called here."""
 
 import hashlib
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import numpy as np
+
+from ._quantized import is_quantized
 
 WEIGHT_NAMES = ("kernel", "weight", "w", "embedding", "embeddings")
 BIAS_NAMES = ("bias", "b")
@@ -35,8 +38,8 @@ def _key_name(key: Any) -> str:
     return str(key).strip(".[]'\"")
 
 
-def leaves_by_path(tree: Any, is_leaf: Any = None) -> dict[str, Any]:
-    """Every leaf of a tree under its dotted name, in the tree's own order.
+def leaves_by_path(tree: Any, is_leaf: Any = is_quantized) -> dict[str, Any]:
+    """Every leaf of a tree under its dotted name, in the tree's own order; a quantised weight is one leaf.
 
     Raises ValueError where two leaves would have the same name.
     """
@@ -50,6 +53,17 @@ def leaves_by_path(tree: Any, is_leaf: Any = None) -> dict[str, Any]:
             )
         leaves[path] = leaf
     return leaves
+
+
+def map_leaves(function: Callable[[str, Any], Any], tree: Any) -> Any:
+    """The tree with `function(dotted name, leaf)` in place of each leaf; a quantised weight is one leaf.
+
+    >>> map_leaves(lambda path, leaf: path, {"dense": {"kernel": 0.0}})
+    {'dense': {'kernel': 'dense.kernel'}}
+    """
+    return jax.tree_util.tree_map_with_path(
+        lambda key_path, leaf: function(leaf_path(key_path), leaf), tree, is_leaf=is_quantized
+    )
 
 
 def parent(path: str) -> str:

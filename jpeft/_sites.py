@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from ._contract import INPUT, OUTPUT, STACK, VOCABULARY, WINDOW, Site, is_quantised
 from ._paths import BIAS_NAMES, WEIGHT_NAMES, last_name, parent
 from ._patterns import checked_regex
+from ._quantized import as_dense
 from ._stacks import Layer
 
 # The gains and statistics of normalisation layers; stacked over layers they have the two axes of a kernel.
@@ -189,7 +190,7 @@ def canonical(leaf: Any, layout: str) -> jax.Array:
     >>> canonical(jnp.ones((8, 3, 2, 4)), "iboo").shape
     (3, 8, 8)
     """
-    array = jnp.asarray(leaf)
+    array = jnp.asarray(as_dense(leaf))
     groups = _groups(layout)
     order = [axis for group in groups for axis in group]
     return array.transpose(order).reshape([math.prod(array.shape[axis] for axis in group) for group in groups])

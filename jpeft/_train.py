@@ -14,6 +14,7 @@ from ._config import TunerConfig
 from ._contract import method_of
 from ._params import Adapter, PeftParams
 from ._paths import BIAS_NAMES, last_name, leaf_path
+from ._quantized import is_quantized
 from ._targets import saved_modules, targeted_holder
 from ._wrap import checked_params
 
@@ -186,8 +187,9 @@ def _scalar_zero(key_path: tuple[Any, ...], leaf: Any) -> jax.Array:
 def count_parameters(wrapped: PeftParams) -> tuple[int, int]:
     """The numbers of trainable parameters and of all parameters, counted as PEFT counts them.
 
-    All is the base and every adapter; a module saved in full counts twice, a trained bias once, and arrays that a
-    method keeps frozen not at all. Works on abstract trees. Raises TypeError if `wrapped` does not come from `wrap`.
+    All is the base (of a quantised weight, the numbers that it stands for) and every adapter; a module saved in full
+    counts twice, a trained bias once, and arrays that a method keeps frozen not at all. Works on abstract trees.
+    Raises TypeError if `wrapped` does not come from `wrap`.
 
     >>> import jax.numpy as jnp, jpeft
     >>> wrapped = jpeft.wrap({"query": {"kernel": jnp.ones((4, 6))}}, jpeft.LoraConfig(target_modules=["query"]))
@@ -197,7 +199,8 @@ def count_parameters(wrapped: PeftParams) -> tuple[int, int]:
     mask = trainable_mask(wrapped)
     trainable = jax.tree.map(lambda trains, leaf: _size(leaf) if trains else 0, mask.adapters, wrapped.adapters)
     beside = sum(_size_beside(adapter) for adapter in wrapped.adapters.values())
-    return sum(jax.tree.leaves(trainable)), sum(map(_size, jax.tree.leaves(wrapped.base))) + beside
+    leaves = jax.tree.leaves(wrapped.base, is_leaf=is_quantized)
+    return sum(jax.tree.leaves(trainable)), sum(map(_size, leaves)) + beside
 
 
 def _size(leaf: Any) -> int:

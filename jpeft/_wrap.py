@@ -16,6 +16,7 @@ from ._contract import Method, Site, method_of
 from ._params import Adapter, PeftParams, Sites, is_peft_params
 from ._parts import as_they_are, leaves_in_full, rows_of, with_named_targets
 from ._paths import fold_in_name, leaves_by_path
+from ._quantized import as_dense, is_abstract, is_quantized, taken
 from ._sites import bias_layout, bias_sizes, candidates, canonical, checked_weight
 from ._stacks import layer_sites, restacked, stacked_site, unstacked
 from ._targets import bias_leaves, by_layer, saved_leaves, select_sites
@@ -74,7 +75,7 @@ def wrap(
     check_tables(tokens, sites, replaced)
 
     adapted = _read_leaves(sites, leaves, method)
-    abstract = any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in leaves.values())
+    abstract = any(map(is_abstract, leaves.values()))
     begin = abstract_adapter if abstract else initial_adapter
     adapter = begin(key, adapted, Sites(sites), config, dtype)
     adapter = dataclasses.replace(
@@ -217,7 +218,7 @@ def completed(adapter: Adapter, planned: Adapter, leaves: Mapping[str, Any], dty
         own = {path: {name: fresh.weights[path][name] for name in names - known} for path, names in lacks.items()}
         return own, {name: fresh.shared[name] for name in lacks_shared}
 
-    abstract = any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(adapted))
+    abstract = is_abstract(adapted)
     # What many layers share may be large and made by numpy: a compiled program would hold it as a constant.
     made = made_anew if method.together is not None else jax.jit(made_anew)
     own, shared = {path: {} for path in lacks}, {}
@@ -256,7 +257,9 @@ def _initial(
 
     def one(key: jax.Array, index: Any) -> dict[str, jax.Array]:
         def single(leaf: Any, layout: str, sizes: tuple[int, ...]) -> jax.Array:
-            whole = canonical(jnp.reshape(leaf if layer is None else leaf[layer], sizes), layout)
+            if layer is not None:
+                leaf = taken(leaf, layer) if is_quantized(leaf) else leaf[layer]
+            whole = canonical(jnp.reshape(as_dense(leaf), sizes), layout)
             return whole.reshape(-1, *whole.shape[len(site.stack) :])[index] if site.stack else whole
 
         def weight() -> Any:
@@ -288,6 +291,8 @@ def _copy(path: str, leaf: Any) -> Any:
             f"modules_to_save or bias would train {path!r}, whose dtype is {leaf.dtype}; expected a floating-point "
             "dtype: leave the module out, or give its parameters unquantised"
         )
+    if is_quantized(leaf):
+        return as_dense(leaf)
     # A real copy: the caller may donate both trees, and a buffer can be donated only once.
     return leaf if isinstance(leaf, jax.ShapeDtypeStruct) else jnp.array(leaf, copy=True)
 

@@ -13,6 +13,7 @@ from jax import lax
 
 from .._contract import INPUT, OUTPUT, STACK, VOCABULARY, WINDOW, Base, project
 from . import _labels as lab
+from ._codes import consumed
 from ._dropout import dropped
 from ._jaxpr import Equation, run_equation, unsharded
 from ._products import chained
@@ -290,7 +291,7 @@ def ragged_dot_general(context: Context, equation: Equation, inputs: list[Any], 
 
 
 CONSUMERS: dict[str, Rule] = {
-    "conv_general_dilated": conv_general_dilated,
-    "gather": gather,
-    "ragged_dot_general": ragged_dot_general,
+    "conv_general_dilated": consumed(conv_general_dilated),
+    "gather": consumed(gather),
+    "ragged_dot_general": consumed(ragged_dot_general),
 }

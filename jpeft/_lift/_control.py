@@ -10,6 +10,7 @@ from jax import lax
 from jax.sharding import PartitionSpec
 
 from .._contract import STACK
+from ._codes import carrier, constrained, specs_like, with_leading_axis
 from ._dropout import at_step, has_key
 from ._jaxpr import (
     JIT_PRIMITIVES,
@@ -42,7 +43,7 @@ def _constrained(value: Any, sharding: Any) -> Any:
     if value is None or not isinstance(sharding, jax.sharding.Sharding):
         return value
     if isinstance(value, AdaptedWeight):
-        return value.with_base(lax.with_sharding_constraint(value.base, sharding))
+        return value.with_base(constrained(value.base, sharding))
     return lax.with_sharding_constraint(value, sharding)
 
 
@@ -186,7 +187,7 @@ def _sliced(context: Context, value: Any) -> Sliced:
             terms.append(_without(term, axis, arrays))
         return dataclasses.replace(weight, base=base, terms=tuple(terms), axes=weight.axes[1:])
 
-    return Sliced((weight.base, mapped), rebuild)
+    return Sliced((with_leading_axis(weight.base), mapped), rebuild)
 
 
 def _leading(term: Term, axis: Axis | None) -> dict[str, jax.Array]:
@@ -256,11 +257,11 @@ def _specs(value: Any, spec: PartitionSpec) -> Any:
         )
         for term in weight.terms
     )
-    return dataclasses.replace(weight, base=spec, terms=terms)
+    return dataclasses.replace(weight, base=specs_like(weight.base, spec), terms=terms)
 
 
 def _resharded(value: Any, spec: Any) -> Any:
-    if not is_adapted(value) or explicit_sharding(value.base) is None:
+    if not is_adapted(value) or explicit_sharding(carrier(value.base)) is None:
         return value
     return jax.tree.map(lambda array, own: reshard(array, own), value, spec)
 

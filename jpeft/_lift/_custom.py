@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ._codes import stand_in
 from ._dropout import without_key
 from ._jaxpr import Equation, custom_jvp_rule, custom_vjp_rules, is_floating, is_number, trace
 from ._walk import Context, Rule, plain, walk
@@ -44,7 +45,7 @@ def _arrays(context: Context, equation: Equation, values: Sequence[Any]) -> list
 
 
 def _base(value: Any) -> Any:
-    return value.base if is_adapted(value) else value
+    return stand_in(value.base) if is_adapted(value) else value
 
 
 def _dense_tangent(primal: Any, tangent: Any) -> Any:

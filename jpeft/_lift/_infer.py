@@ -6,6 +6,8 @@ from typing import Any
 import jax
 
 from .._paths import BIAS_NAMES, last_name
+from .._quantized import is_quantized
+from ._codes import Codes
 from ._explain import split_arrays
 from ._lift import interpret
 from ._record import Record
@@ -32,7 +34,8 @@ def infer_layouts(function: Callable[..., Any], params: Any, *args: Any, **kwarg
         if leaf.ndim < 2 or last_name(path) in BIAS_NAMES or not jax.numpy.issubdtype(leaf.dtype, jax.numpy.floating):
             return leaf
         shapes[path] = leaf.shape
-        return AdaptedWeight(leaf, (), weight_axes(UNKNOWN * leaf.ndim, leaf.shape), path)
+        base = Codes(leaf) if is_quantized(leaf) else leaf
+        return AdaptedWeight(base, (), weight_axes(UNKNOWN * leaf.ndim, leaf.shape), path)
 
     def traced(arrays: list[Any]) -> None:
         own_params, own_args, own_kwargs = rebuild(arrays)

@@ -123,6 +123,11 @@ def is_number(value: Any) -> bool:
     return is_array(value) or isinstance(value, (bool, int, float, complex))
 
 
+def with_dtype(array: Any, dtype: Any) -> Any:
+    """The type of an array, shardings and varying axes included, with another dtype: something to trace with."""
+    return jax.typeof(array).update(dtype=np.dtype(dtype), weak_type=False)
+
+
 def is_floating(aval: Any) -> bool:
     return jax.numpy.issubdtype(aval.dtype, np.inexact)
 

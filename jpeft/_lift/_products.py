@@ -18,6 +18,7 @@ from jax import lax
 from .._config import FrozenMapping
 from .._contract import EMBEDDING, INPUT, OUTPUT, STACK, Base, project
 from . import _labels as lab
+from ._codes import as_array, densified, recomputed
 from ._dropout import dropped, use_key
 from ._jaxpr import Equation, make_varying, on_one_cpu, run_equation, unsharded, varying_axes
 from ._record import LOW_RANK, TRANSFORMED
@@ -66,7 +67,7 @@ def dot_general(context: Context, equation: Equation, inputs: list[Any], needed:
     x, weight, weight_left = _sides(inputs)
     product = _named(equation, x, weight, weight_left)
     _learn_roles(context, weight, product)
-    base = run_equation(equation, [weight.base, x] if weight_left else [x, weight.base])[0]
+    base = recomputed(functools.partial(_base_product, equation, weight_left), x, weight.base)
     if not weight.terms:
         return [base]
     backwards = _is_backwards(product)
@@ -78,9 +79,15 @@ def dot_general(context: Context, equation: Equation, inputs: list[Any], needed:
             change = functools.partial(_low_rank, context, equation, product, base.dtype, backwards)
             base = base + unsharded(change, base)(x, term)
         return [base]
-    y = unsharded(functools.partial(_general, context, equation, product, backwards), base)(x, weight)
+    whole = unsharded(functools.partial(_general, context, equation, product, backwards), base)
+    y = recomputed(lambda x, weight: whole(x, densified(weight)), x, weight)
     context.use(weight, TRANSFORMED, equation)
     return [y.astype(base.dtype)]
+
+
+def _base_product(equation: Equation, weight_left: bool, x: jax.Array, base: Any) -> jax.Array:
+    w = as_array(base)
+    return run_equation(equation, [w, x] if weight_left else [x, w])[0]
 
 
 def _tied(context: Context, equation: Equation, product: Product, x: Any, weight: AdaptedWeight, y: Any) -> Any:

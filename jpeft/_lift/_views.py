@@ -9,6 +9,7 @@ from jax import lax
 
 from .._config import FrozenMapping
 from .._contract import EMBEDDING, INPUT, STACK
+from ._codes import carrier, moved, put_together, viewed
 from ._jaxpr import Equation, beside, make_varying, run_equation
 from ._record import LOOKUP
 from ._walk import Context, Rule
@@ -33,7 +34,7 @@ def _weight_of(inputs: list[Any]) -> AdaptedWeight:
 
 
 def _run(equation: Equation, weight: AdaptedWeight, inputs: list[Any]) -> Any:
-    return run_equation(equation, [weight.base, *inputs[1:]])[0]
+    return moved(equation, weight.base, *inputs[1:])[0]
 
 
 def same(context: Context, equation: Equation, inputs: list[Any], needed: list[bool]) -> list[Any]:
@@ -45,7 +46,7 @@ def same(context: Context, equation: Equation, inputs: list[Any], needed: list[b
 def resharded(context: Context, equation: Equation, inputs: list[Any], needed: list[bool]) -> list[Any]:
     """The base is sharded anew; the arrays of the terms move only if the types of the mesh's axes change."""
     (weight,) = same(context, equation, inputs, needed)
-    return [weight.map_terms(lambda term: jax.tree.map(lambda array: beside(array, weight.base), term))]
+    return [weight.map_terms(lambda term: jax.tree.map(lambda array: beside(array, carrier(weight.base)), term))]
 
 
 def convert(context: Context, equation: Equation, inputs: list[Any], needed: list[bool]) -> list[Any]:
@@ -230,7 +231,7 @@ def split(context: Context, equation: Equation, inputs: list[Any], needed: list[
     weight, position = _weight_of(inputs), equation.params["axis"]
     axis = weight.single(position, "split of axes that were reshaped together")
     parts, start = [], 0
-    for base in run_equation(equation, [weight.base]):
+    for base in moved(equation, weight.base):
         size = base.shape[position]
         parts.append(narrow(weight, axis, size, _cut(start, start + size, 1)).with_base(base))
         start += size
@@ -243,8 +244,7 @@ def unstack(context: Context, equation: Equation, inputs: list[Any], needed: lis
     context.record.role(weight, axis, STACK)
     axes = (*weight.axes[:position], *weight.axes[position + 1 :])
     return [
-        drop_at(weight, axis, index).with_base(base, axes)
-        for index, base in enumerate(run_equation(equation, [weight.base]))
+        drop_at(weight, axis, index).with_base(base, axes) for index, base in enumerate(moved(equation, weight.base))
     ]
 
 
@@ -259,7 +259,7 @@ def drop_at(weight: AdaptedWeight, axis: Axis, index: int) -> AdaptedWeight:
 
 def stack(context: Context, equation: Equation, inputs: list[Any], needed: list[bool]) -> list[Any]:
     """Several adapted weights of one form become one with a stack axis."""
-    return [_stacked(inputs, run_equation(equation, _bases(inputs))[0], equation.params["axis"], new=True)]
+    return [_stacked(inputs, put_together(equation, _bases(inputs)), equation.params["axis"], new=True)]
 
 
 def concatenate(context: Context, equation: Equation, inputs: list[Any], needed: list[bool]) -> list[Any]:
@@ -268,7 +268,7 @@ def concatenate(context: Context, equation: Equation, inputs: list[Any], needed:
     for value in inputs:
         if not is_adapted(value) or value.axes[position] != ():
             raise Unsupported("concatenation along an axis of the weight")
-    return [_stacked(inputs, run_equation(equation, _bases(inputs))[0], position, new=False)]
+    return [_stacked(inputs, put_together(equation, _bases(inputs)), position, new=False)]
 
 
 def _bases(inputs: list[Any]) -> list[Any]:
@@ -306,7 +306,7 @@ def _stacked_term(terms: list[Term], axis: Axis) -> Term:
     return Term(arrays, labels, first.method, first.config, first.adapter, sites)
 
 
-VIEWS: dict[str, Rule] = {
+_RULES: dict[str, Rule] = {
     **dict.fromkeys(("copy", "copy_p", "device_put", "sharding_constraint", "name"), same),
     **dict.fromkeys(("mesh_cast", "reshard"), resharded),
     "reduce_precision": same,
@@ -328,3 +328,5 @@ VIEWS: dict[str, Rule] = {
     "stack": stack,
     "concatenate": concatenate,
 }
+
+VIEWS: dict[str, Rule] = {name: viewed(rule) for name, rule in _RULES.items()}

@@ -8,6 +8,7 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from ._codes import recomputed
 from ._jaxpr import (
     Equation,
     Jaxpr,
@@ -117,8 +118,12 @@ def _apply(context: Context, equation: Equation, inputs: list[Any], wanted: list
                 return rule(context.inside(equation), equation, inputs, wanted)
         except Unsupported as unsupported:
             reason = str(unsupported)
+
+    def on_merged(*own: Any) -> list[Any]:
+        return run_equation(equation, [plain(context, equation, value, reason) for value in own])
+
     with scope_of(equation):
-        return run_equation(equation, [plain(context, equation, value, reason) for value in inputs])
+        return on_merged(*inputs) if has_effects(equation) else recomputed(on_merged, *inputs)
 
 
 def plain(context: Context, equation: Equation | None, value: Any, reason: str) -> Any:

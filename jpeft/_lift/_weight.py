@@ -14,6 +14,7 @@ from jax import lax
 from .._config import FrozenMapping, PeftConfig
 from .._contract import EMBEDDING, INPUT, OUTPUT, STACK, WINDOW, Method, Site, merged as one_merged, wide_dtype
 from . import _labels as lab
+from ._codes import densified
 from ._jaxpr import unsharded
 
 REPEATED, UNKNOWN = "n", "?"
@@ -92,10 +93,11 @@ class Term:
 class AdaptedWeight:
     """A view of a base weight with the terms that act on it. axes: for each axis of `base` the axes it is made of.
 
-    scaled: of a leaf that is quantised, whether its scale has been applied, so that `base` is the weight; else None.
+    base: of a `Quantized` leaf, its `Codes`. scaled: of a leaf of bare codes, whether its scale has been applied, so
+    that `base` is the weight; else None.
     """
 
-    base: jax.Array
+    base: Any
     terms: tuple[Term, ...]
     axes: tuple[tuple[Axis, ...], ...] = dataclasses.field(metadata={"static": True})
     leaf: str = dataclasses.field(metadata={"static": True})
@@ -105,7 +107,7 @@ class AdaptedWeight:
     def flat_axes(self) -> tuple[Axis, ...]:
         return tuple(axis for group in self.axes for axis in group)
 
-    def with_base(self, base: jax.Array, axes: Iterable[tuple[Axis, ...]] | None = None) -> "AdaptedWeight":
+    def with_base(self, base: Any, axes: Iterable[tuple[Axis, ...]] | None = None) -> "AdaptedWeight":
         return dataclasses.replace(self, base=base, axes=self.axes if axes is None else tuple(axes))
 
     def map_terms(self, change: Callable[[Term], Term]) -> "AdaptedWeight":
@@ -173,6 +175,7 @@ def check_scaled(weight: AdaptedWeight, used_by: str) -> None:
 
 def materialize(weight: AdaptedWeight) -> jax.Array:
     """The merged weight, in the dtype and the view of the base; computed in float32 at least."""
+    weight = densified(weight)
     if not weight.terms:
         return weight.base
     check_scaled(weight, "a function with derivatives of its own")
