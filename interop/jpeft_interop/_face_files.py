@@ -19,6 +19,7 @@ from ._hub import HubOptions, adapter_folder
 from ._inject import autocast_adapter
 from ._load import load_adapter, load_pretrained
 from ._pair import find_config
+from ._processes import by_one_process
 from ._save import CARD_NAME, save_pretrained
 from ._surplus import written_embeddings
 from ._tokenizer import vocabulary_changed
@@ -132,6 +133,10 @@ def write_card(face: Face, directory: str | os.PathLike[str], task: jpeft.TaskTy
     config = face.wrapped.adapters[names[0]].config
     name = face.base.name_or_path or config.base_model_name_or_path
     tags = [*card_tags(config, name), *(["transformers"] if face.base.library else [])]
-    text = path.read_text(encoding="utf-8") if path.exists() else model_card(config, name)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(updated_card(text, tags=tags, pipeline_tag=pipeline_tag, base_model=name), encoding="utf-8")
+
+    def write() -> None:
+        text = path.read_text(encoding="utf-8") if path.exists() else model_card(config, name)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(updated_card(text, tags=tags, pipeline_tag=pipeline_tag, base_model=name), encoding="utf-8")
+
+    by_one_process(write)

@@ -32,6 +32,7 @@ from ._keys import PREFIX
 from ._listed import listed
 from ._mismatched import without_mismatched
 from ._pair import find_config, find_pair
+from ._processes import placed
 from ._resolve import check_replicated, with_heads
 from ._segments import check_segments, has_segments, joined
 from ._single_experts import with_stacked_experts
@@ -75,7 +76,8 @@ def load_pretrained(
     ignore_mismatched_sizes: whether tensors of another shape than the model asks for are left out, with a UserWarning
     that lists them; what they were for begins as `jpeft.wrap` makes it.
     Stacks of layers, named by the slice of their numbers, are filled from the file's single layers, which have to be
-    alike. The arrays keep the file's dtypes. Embeddings that the file holds in full,
+    alike. The arrays keep the file's dtypes, and go onto the mesh that the base is on, if it is, as `jpeft.shardings`
+    says. Embeddings that the file holds in full,
     because they were resized or are another model's, become part of the adapter.
     Raises FileNotFoundError if a file is absent; ValueError if one is damaged, pickled, asks for what is not
     implemented, or does not fit the parameters: all missing, unexpected and misshapen tensors in one message.
@@ -179,7 +181,8 @@ def _load(
     adapter = adapter_from(files.weights, tensors, planned.adapters[adapter_name], leaves, family, layouts)
     if arrow is not None:
         adapter = with_routes(wrapped, adapter, arrow)
-    return dataclasses.replace(planned, base=wrapped.base, adapters={**wrapped.adapters, adapter_name: adapter})
+    found = dataclasses.replace(planned, base=wrapped.base, adapters={**wrapped.adapters, adapter_name: adapter})
+    return placed(found, adapter_name)
 
 
 def adapter_from(

@@ -367,10 +367,11 @@ class PeftModel:
     ) -> None:
         """Write the adapters and the model card; the arguments are those of `jpeft_interop.save_pretrained`.
 
-        safe_serialization=False, pickles, raises ValueError. is_main_process: False writes nothing.
+        safe_serialization=False, pickles, raises ValueError. is_main_process: False writes nothing; where JAX has
+        several processes all of them take part, and which one writes is known.
         """
         check_safe(safe_serialization)
-        if is_main_process:
+        if is_main_process or jax.process_count() > 1:
             save_face(
                 self.face, save_directory, selected_adapters=selected_adapters,
                 save_embedding_layers=save_embedding_layers, initial=path_initial_model_for_weight_conversion,

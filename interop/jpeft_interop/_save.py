@@ -28,6 +28,7 @@ from ._keys import leaf_slots, slots
 from ._listed import listed
 from ._orientation import to_torch
 from ._pair import CONFIG_NAME, PICKLE_NAME, WEIGHTS_NAME, write_if_absent, write_pair
+from ._processes import by_one_process, whole, with_whole_adapters
 from ._resolve import with_heads, with_named_targets
 from ._segments import split
 from ._stacked import is_abstract, unstacked_adapter, unstacked_layouts
@@ -73,7 +74,9 @@ def save_pretrained(
     What follows from the base, but not alike on every machine (PSOFT's singular vectors), goes into a third file that
     PyTorch PEFT does not look at, `jpeft_state.safetensors`.
     A README.md is added if there is none. Two files change as one: a save that is interrupted at any point leaves the
-    old adapter or the new one, and other files in the folder are left alone. One process may save at a time.
+    old adapter or the new one, and other files in the folder are left alone. One program may save at a time.
+    In a program of several processes (`jax.distributed`) all of them make the call: they gather the adapter, never the
+    base, process 0 writes, and the others wait for it and raise what it raises.
     Raises TypeError if `wrapped` does not come from `wrap`; ValueError for unknown or unsafe adapter names, other
     stacks of modules, abstract arrays, kernels of unknown layout; OSError if a file cannot be written.
 
@@ -87,18 +90,24 @@ def save_pretrained(
     if not is_peft_params(wrapped):
         raise TypeError(f"expected the PeftParams that jpeft.wrap returns, not a {type(wrapped).__name__}")
     root, table = Path(directory).expanduser(), family_of(family)
-    if root.exists() and not root.is_dir():
-        raise ValueError(f"directory is {str(root)!r}, which is a file; expected a folder, or a path for a new one")
     names = _checked_names(wrapped, selected_adapters)
+    wrapped = with_whole_adapters(wrapped, names)
     wrapped = with_plain_lora(wrapped, names, path_initial_model_for_weight_conversion, table, layouts or {})
     # Everything that can be wrong with the adapters is found out before the first file changes.
     plans = {
         name: contents_of(wrapped, name, base_model_name_or_path, table, layouts or {}, save_embedding_layers)
         for name in names
     }
+    card = model_card(wrapped.adapters[names[0]].config, base_model_name_or_path)
+    by_one_process(lambda: _write(root, plans, card))
+
+
+def _write(root: Path, plans: Mapping[str, Contents], card: str) -> None:
+    if root.exists() and not root.is_dir():
+        raise ValueError(f"directory is {str(root)!r}, which is a file; expected a folder, or a path for a new one")
     for name, contents in plans.items():
         write_pair(root if name == "default" else root / name, contents.config, contents.tensors, contents.kept)
-    write_if_absent(root / CARD_NAME, model_card(wrapped.adapters[names[0]].config, base_model_name_or_path))
+    write_if_absent(root / CARD_NAME, card)
 
 
 def _checked_names(wrapped: PeftParams, selected: Sequence[str] | None) -> list[str]:
@@ -132,7 +141,10 @@ def contents_of(
     layouts: Mapping[str, str],
     save_embedding_layers: bool | Literal["auto"] = "auto",
 ) -> Contents:
-    """The config and the tensors of one adapter, as `save_pretrained` writes them, which says what the rest means."""
+    """The config and the tensors of one adapter, as `save_pretrained` writes them, which says what the rest means.
+
+    The adapter's arrays have to be whole in this process.
+    """
     check_says_its_scaling(name, wrapped.adapters[name])
     leaves = leaves_by_path(wrapped.base)
     layouts = unstacked_layouts({**family.layouts, **layouts}, leaves)
@@ -144,9 +156,9 @@ def contents_of(
     for key, slot in leaf_slots(
         chosen_embeddings(adapter, leaves, save_embedding_layers), adapter, leaves, family, layouts
     ).items():
-        arrays[key] = to_torch(leaves[slot.path], slot.layout)
+        arrays[key] = to_torch(whole(leaves[slot.path]), slot.layout)
     for key, path in original_biases(adapter, family).items():
-        arrays[key] = leaves[path]
+        arrays[key] = whole(leaves[path])
     copies = {**second_names(table, family), **adapter.config.extra.get(SECOND_NAMES, {})}
     arrays.update({second: arrays[first] for second, first in copies.items() if first in arrays})
     arrays.update(tied_tensors(arrays, adapter, leaves, family))
@@ -170,7 +182,7 @@ def _with_head(adapter: Adapter, leaves: Mapping[str, Any], layouts: Mapping[str
             f"for task_type={config_dict(config)['task_type']!r} PEFT trains the head in full, but the adapter acts on "
             f"{listed(adapted)}; expected other target_modules, or task_type=None"
         )
-    replaced = {**{path: leaves[path] for path in head}, **adapter.replaced}
+    replaced = {**{path: whole(leaves[path]) for path in head}, **adapter.replaced}
     return dataclasses.replace(adapter, config=config, replaced=replaced)
 
 

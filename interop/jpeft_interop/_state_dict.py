@@ -18,6 +18,7 @@ from ._face_files import chosen_in
 from ._family import family_of
 from ._load import adapter_from, with_mapped_keys
 from ._mismatched import without_mismatched
+from ._processes import placed, with_whole_adapters
 from ._save import contents_of
 from ._stacked import unstacked_adapter, unstacked_layouts
 
@@ -45,6 +46,7 @@ def get_peft_model_state_dict(
     layouts = _layouts(model, layouts)
     if save_embedding_layers == "auto" and isinstance(face := getattr(model, "face", None), Face):
         save_embedding_layers = chosen_in(face, wrapped.adapters[adapter_name])
+    wrapped = with_whole_adapters(wrapped, [adapter_name])
     contents = contents_of(wrapped, adapter_name, None, family_of(family), layouts, save_embedding_layers)
     return dict(contents.tensors)
 
@@ -88,7 +90,7 @@ def set_peft_model_state_dict(
         single = unstacked_adapter(planned)
         tensors = without_mismatched(Path("state_dict"), tensors, single, lambda: own, unstacked(leaves), table, known)
     adapter = adapter_from(Path("state_dict"), tensors, planned, leaves, table, known)
-    filled = dataclasses.replace(wrapped, adapters={**wrapped.adapters, adapter_name: adapter})
+    filled = placed(dataclasses.replace(wrapped, adapters={**wrapped.adapters, adapter_name: adapter}), adapter_name)
     if isinstance(model, PeftParams):
         return filled
     model.params = filled
