@@ -8,7 +8,7 @@ import pytest
 import jpeft
 
 PUBLIC = """
-AdaLoraConfig AdamssConfig Adapter ArrowConfig BOFTConfig BdLoraConfig BeftConfig C3AConfig
+AdaLoraConfig AdamssConfig Adapter ArrowConfig BOFTConfig BdLoraConfig BeftConfig C3AConfig Checkpointer
 CordaConfig DeftConfig
 DeloraConfig EvaConfig Explanation FourierFTConfig FrodConfig GloraConfig GraloraConfig HRAConfig HiraConfig IA3Config
 KasaConfig LNTuningConfig LilyConfig LoHaConfig LoKrConfig LoftQConfig LoraConfig LoraGAConfig MissConfig
