@@ -15,6 +15,7 @@ from ._adapters import (
 from ._arrow import create_arrow_adapter as create_arrow_adapter
 from ._capture import capture_inputs as capture_inputs
 from ._checkpoint import Checkpointer as Checkpointer
+from ._chunked_loss import chunked_cross_entropy as chunked_cross_entropy
 from ._config import PeftConfig as PeftConfig, PeftType as PeftType, TaskType as TaskType, TunerConfig as TunerConfig
 from ._context import with_context as with_context
 from ._conversion import convert_to_plain_lora as convert_to_plain_lora

@@ -13,9 +13,13 @@ import numpy as np
 
 from ._codes import stand_in
 from ._dropout import without_key
-from ._jaxpr import Equation, custom_jvp_rule, custom_vjp_rules, is_floating, is_number, trace
+from ._jaxpr import Equation, custom_jvp_rule, custom_vjp_rules, is_floating, is_number, opened, trace
 from ._walk import Context, Rule, plain, walk
 from ._weight import Unsupported, is_adapted, materialize
+
+DIFFERENTIATED_THROUGH = "jpeft_differentiated_through"
+"""The name of a jitted function that is all that a function with a rule of its own computes, where that rule is only
+there for speed: of adapted weights the function itself is differentiated, so that their products stay low-rank."""
 
 
 def custom_jvp_call(context: Context, equation: Equation, inputs: list[Any], needed: list[bool]) -> list[Any]:
@@ -60,6 +64,8 @@ def _zero_tangent(value: Any) -> Any:
 
 def custom_vjp_call(context: Context, equation: Equation, inputs: list[Any], needed: list[bool]) -> list[Any]:
     params = equation.params
+    if [inner.params.get("name") for inner in opened(params["call_jaxpr"]).eqns] == [DIFFERENTIATED_THROUGH]:
+        return walk(context, params["call_jaxpr"], inputs, needed)
     if params["num_consts"] or params["symbolic_zeros"]:
         raise Unsupported("custom_vjp with constants or symbolic zeros")
     jaxpr = params["call_jaxpr"]
