@@ -6,6 +6,8 @@ import sys
 
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# The compiler for TPUs is installed, and without this JAX would look for a TPU first.
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import jax
 import pytest

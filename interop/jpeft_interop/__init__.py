@@ -35,3 +35,4 @@ from ._status import (
     get_model_status as get_model_status,
 )
 from ._verify import Report as Report, verify as verify
+from .plan import Plan as Plan, StepPlan as StepPlan, plan as plan
