@@ -74,7 +74,7 @@ def quantize(
     selected = _selected(leaves, include, exclude, layouts)
     own = FORMATS[format]
     plans = {path: _plan(path, leaves[path], layout, own, block, double) for path, layout in selected.items()}
-    quantised = {path: _quantised(leaves[path], plan, donate) for path, plan in plans.items()}
+    quantised = {path: quantised_by(leaves[path], plan, donate) for path, plan in plans.items()}
     return map_leaves(lambda path, leaf: quantised.get(path, leaf), params)
 
 
@@ -98,7 +98,7 @@ def requantised(path: str, leaf: Quantized, weight: Any) -> Quantized:
         )
     if is_abstract(leaf):
         return leaf
-    return _quantised(weight, plan_of(leaf), False)
+    return quantised_by(weight, plan_of(leaf), False)
 
 
 def _dequantised(leaf: Any) -> Any:
@@ -211,14 +211,15 @@ def _blocks(path: str, shape: Sequence[int], axes: Sequence[int], wanted: int, e
     return tiles
 
 
-def _quantised(leaf: Any, plan: Plan, donate: bool) -> Quantized:
+def quantised_by(leaf: Any, plan: Plan, donate: bool) -> Quantized:
+    """A leaf, abstract or not, quantised by a plan; donate: it is freed."""
     encode = functools.partial(encoded, plan=plan)
     if isinstance(leaf, Tracer):
         mesh = jax.typeof(leaf).sharding.mesh
         return _on_explicit_axes(encode, leaf) if mesh.explicit_axes else encode(leaf)
     abstract = jax.eval_shape(_encode, jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), plan)
     sharding = getattr(leaf, "sharding", None)
-    placed = jax.tree.map(functools.partial(_placed, sharding), abstract)
+    placed = jax.tree.map(functools.partial(placed_along, sharding), abstract)
     if isinstance(leaf, jax.ShapeDtypeStruct):
         return jax.tree.map(
             lambda array, own: jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=own), abstract, placed
@@ -226,7 +227,7 @@ def _quantised(leaf: Any, plan: Plan, donate: bool) -> Quantized:
     if not isinstance(sharding, NamedSharding):
         found = _encode(leaf, plan)
     elif sharding.mesh.are_all_axes_auto:
-        found = jax.jit(encode, out_shardings=placed)(leaf)
+        found = _placing_encoder(plan, sharding, leaf.shape)(leaf)
     else:
         found = jax.jit(functools.partial(_on_explicit_axes, encode))(leaf)
     if donate and isinstance(leaf, jax.Array):
@@ -238,15 +239,23 @@ def _quantised(leaf: Any, plan: Plan, donate: bool) -> Quantized:
 _encode = jax.jit(encoded, static_argnums=1)
 
 
+@functools.lru_cache(maxsize=128)
+def _placing_encoder(plan: Plan, sharding: NamedSharding, shape: tuple[int, ...]) -> Any:
+    # Kept, for the layers of a model have a few shapes, and each function would be compiled anew.
+    abstract = jax.eval_shape(_encode, jax.ShapeDtypeStruct(shape, plan.dtype), plan)
+    placed = jax.tree.map(functools.partial(placed_along, sharding), abstract)
+    return jax.jit(functools.partial(encoded, plan=plan), out_shardings=placed)
+
+
 def _on_explicit_axes(encode: Any, leaf: jax.Array) -> Quantized:
     sharding = jax.typeof(leaf).sharding
     shapes = jax.eval_shape(encode, jax.ShapeDtypeStruct(leaf.shape, leaf.dtype))
-    placed = jax.tree.map(functools.partial(_placed, sharding), shapes)
+    placed = jax.tree.map(functools.partial(placed_along, sharding), shapes)
     computed: Any = jax.sharding.auto_axes(encode, axes=sharding.mesh.explicit_axes, out_sharding=placed)
     return computed(leaf)
 
 
-def _placed(sharding: Any, array: Any) -> Any:
+def placed_along(sharding: Any, array: Any) -> Any:
     """The sharding of codes or scales: the weight's, except along axes that its mesh axes do not divide."""
     if not isinstance(sharding, NamedSharding):
         return sharding

@@ -2,12 +2,17 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from flax import nnx
 
+import jpeft
+from jpeft._quantized import is_quantized
+
 from ._family import Architecture, Family, Options
-from ._leaves import Leaf, check_paths, leaves_of
+from ._leaves import Leaf, check_paths, flatten, leaves_of
+from ._spread import spread_scores
 
 Params = dict[str, Any]
 """Nested dict of arrays: the modules of the `transformers` class, then `kernel`, `bias`, `embedding` or `scale`."""
@@ -33,6 +38,11 @@ def blueprint(family: Family, architecture: Architecture, config: Any, options: 
 
 
 def run_network(blueprint: Blueprint, params: Params, given: Mapping[str, Any]) -> Any:
-    """Call the network with these parameters. Raises ValueError if they are not structured as the model's."""
+    """Call the network with these parameters, of which quantised ones become weights where they are used.
+
+    Raises ValueError if they are not structured as the model's.
+    """
     check_paths(params, blueprint.leaves)
-    return nnx.merge(blueprint.graphdef, params)(**given)
+    if any(is_quantized(leaf) for _, leaf in flatten(params)):
+        return jpeft.lift(partial(run_network, blueprint))(params, given)
+    return spread_scores(nnx.merge(blueprint.graphdef, params)(**given), blueprint.options.mesh)

@@ -21,6 +21,7 @@ from ._parameters import Piece, Pieces
 from ._pieces import tensor_shape
 from ._quantised_leaves import all_quantised, quantised_leaf
 from ._quantised_tensor import QuantisedTensor
+from ._quantising import Quantise, plans_of, quantised_while_read
 from ._tensors import READABLE, Tensor, equal
 
 Item = TypeVar("Item")
@@ -208,15 +209,30 @@ def load(
     shardings: Mapping[str, NamedSharding | None],
     rng: jax.Array,
     std: float,
-) -> dict[str, jax.Array]:
+    quantise: Quantise | None = None,
+) -> dict[str, Any]:
     """The arrays of all leaves, by path: read one at a time, or only the parts that the devices here hold.
 
     `param_dtype` None keeps each tensor's dtype. `shardings` are by path; None is the default device. New heads are
-    drawn from `rng` with standard deviation `std`, and a UserWarning names them.
+    drawn from `rng` with standard deviation `std`, and a UserWarning names them. `quantise`: what makes some of
+    the leaves quantised ones.
     """
+    dtypes = {path: _dtype(pieces, param_dtype) for path, pieces in matched.found.items()}
+    shapes = {path: jax.ShapeDtypeStruct(leaves[path].shape, dtype) for path, dtype in dtypes.items()}
+    plans = {} if quantise is None else plans_of(quantise, shapes)
+
+    def read(path: str) -> Any:
+        pieces, shape, dtype = matched.found[path], leaves[path].shape, dtypes[path]
+        weights, _ = all_quantised(shape, pieces)
+        if weights:
+            return quantised_leaf(shape, weights, dtype, shardings[path])
+        if path in plans:
+            return quantised_while_read(path, pieces, shape, dtype, shardings[path], plans[path])
+        return place(pieces, shape, dtype, shardings[path])
+
     # The largest first: what reading needs besides comes on top of little that is there already.
     paths = sorted(matched.found, key=lambda path: prod(leaves[path].shape), reverse=True)
-    arrays = ((path, _place(matched.found[path], leaves[path], param_dtype, shardings[path])) for path in paths)
+    arrays = ((path, read(path)) for path in paths)
     files = {tensor.file for pieces in matched.found.values() for _, tensor in pieces}
     large = len(files) > 1 or sum(file.stat().st_size for file in files) > LARGE
     placed = dict(_with_progress(arrays, len(paths)) if large else arrays)
@@ -232,12 +248,9 @@ def load(
     return {path: placed[path] for path in leaves}
 
 
-def _place(pieces: Found, leaf: Leaf, param_dtype: DTypeLike | None, sharding: NamedSharding | None) -> Any:
-    dtype = jax.dtypes.canonicalize_dtype(param_dtype or _common_dtype({tensor.dtype for _, tensor in pieces}))
-    weights, _ = all_quantised(leaf.shape, pieces)
-    if weights:
-        return quantised_leaf(leaf.shape, weights, jnp.dtype(dtype), sharding)
-    return place(pieces, leaf.shape, dtype, sharding)
+def _dtype(pieces: Found, param_dtype: DTypeLike | None) -> jnp.dtype:
+    chosen = param_dtype or _common_dtype({tensor.dtype for _, tensor in pieces})
+    return jnp.dtype(jax.dtypes.canonicalize_dtype(chosen))
 
 
 def _common_dtype(names: set[str]) -> Any:

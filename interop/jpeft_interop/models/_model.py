@@ -58,6 +58,7 @@ class FlaxModel:
         cache_length: int | None = None,
         output_hidden_states: bool = False,
         logits_to_keep: int | None = None,
+        loss_chunk_size: int | None = None,
         **inputs: ArrayLike | None,
     ) -> Any:
         """Run the network: a pure function of `params` and the inputs, for use under jit, grad, vmap and scan.
@@ -75,7 +76,9 @@ class FlaxModel:
         The rest is static under jit. `output_hidden_states`: whether to return `hidden_states`. `logits_to_keep`: of
         a causal language model, return the logits of that many last tokens only. `cache_length`: return
         `past_key_values`, a cache with room for so many tokens, to be given with the tokens that follow; their
-        `attention_mask` is that of the new tokens alone.
+        `attention_mask` is that of the new tokens alone. `loss_chunk_size`: of a causal language model with labels,
+        make the loss of so many tokens of each row at a time (`jpeft.chunked_cross_entropy`): the same loss, without
+        the memory of all logits, which are None.
 
         Raises TypeError for an input that the model does not take, ValueError for a wrong shape or structure.
 
@@ -92,14 +95,18 @@ class FlaxModel:
             "cache_length": cache_length,
             "output_hidden_states": output_hidden_states or None,
             "logits_to_keep": logits_to_keep,
+            "loss_chunk_size": loss_chunk_size,
         }
         static = {name: value for name, value in static.items() if value is not None}
         self._check_inputs({**given, **static})
         if targets and self.task in ("seq2seq-lm", "speech-seq2seq") and not given.keys() & _DECODER_INPUTS:
             start, pad = self.config.decoder_start_token_id, self.config.pad_token_id
             given["decoder_input_ids"] = decoder_inputs(targets["labels"], start, pad)
+        if loss_chunk_size is not None:
+            self._check_chunks(targets, logits_to_keep)
+            given |= targets
         output = run_network(self.blueprint, params, {**{k: jnp.asarray(v) for k, v in given.items()}, **static})
-        if not targets:
+        if not targets or loss_chunk_size is not None:
             return output
         classify, problem = self.blueprint.family.classification_loss, self.config_dict.get("problem_type")
         return with_loss(output, targets, self.task, classify, problem)
@@ -176,16 +183,26 @@ class FlaxModel:
             takes |= {"past_key_values", "cache_length"}
         if family.decodes and self.task in ("causal-lm", "seq2seq-lm", "speech-seq2seq"):
             takes |= {"logits_to_keep"}
+        if self.task == "causal-lm":
+            takes |= {"loss_chunk_size"}
         if unknown := set(given) - takes:
             raise TypeError(f"{architecture.name} takes {', '.join(family.inputs)}; got {', '.join(sorted(unknown))}")
+
+    def _check_chunks(self, targets: Collection[str], logits_to_keep: int | None) -> None:
+        if not targets or logits_to_keep is not None:
+            raise ValueError(
+                f"loss_chunk_size came {'without labels' if not targets else f'with logits_to_keep={logits_to_keep}'}; "
+                "it is for a loss, in the making of which no logits are kept: give labels, and no logits_to_keep"
+            )
 
     def save_pretrained(
         self, directory: str | Path, params: Params | None = None, *, max_shard_bytes: int = 5 * 10**9
     ) -> None:
         """Write `config.json` and `model.safetensors` (or shards), which `transformers` loads.
 
-        `params` defaults to the model's own. Raises ValueError if their structure or a shape is not that of
-        `self.params`, OSError if the files cannot be written.
+        `params` defaults to the model's own; what is quantised is written as the dense weights that it stands for.
+        Raises ValueError if their structure or a shape is not that of `self.params`, OSError if the files cannot be
+        written.
         """
         params = self.params if params is None else params
         check_paths(params, self.blueprint.leaves)
@@ -193,7 +210,9 @@ class FlaxModel:
         for path, leaf in self.blueprint.leaves.items():
             if arrays[path].shape != leaf.shape:
                 raise ValueError(f"{path} has the shape {arrays[path].shape}, expected {leaf.shape}")
-        rest = {key: value for key, value in self.config_dict.items() if key != "torch_dtype"}
+        rest = {
+            key: value for key, value in self.config_dict.items() if key not in ("torch_dtype", "quantization_config")
+        }
         described = {
             "model_type": self.blueprint.family.model_type,
             "architectures": [self.blueprint.architecture.name],

@@ -1,14 +1,16 @@
 """Quantised weights of a checkpoint as `jpeft.Quantized` leaves: codes and scales laid out as the parameter is."""
 
 from dataclasses import replace
-from math import gcd, prod
+from math import gcd
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding
 
+from jpeft._formats import imported_qwix
+from jpeft._quantize import placed_along
 from jpeft._quantized import Quantized
 
 from ._assembly import Pieced, place
@@ -67,8 +69,7 @@ def _group(shape: tuple[int, ...], weights: Weights, axis: int) -> int:
 
 def quantised_leaf(shape: tuple[int, ...], weights: Weights, dtype: Any, sharding: NamedSharding | None) -> Quantized:
     """The leaf of a parameter, from what `all_quantised` gives; `dtype` is that of the weight it stands for."""
-    from qwix import QArray
-
+    QArray = imported_qwix().QArray
     axis, kind = _input_axis(weights[0][0]), weights[0][1].kind
     group = _group(shape, weights, axis)
 
@@ -76,7 +77,7 @@ def quantised_leaf(shape: tuple[int, ...], weights: Weights, dtype: Any, shardin
         """What `values` gives for groups of this size."""
         sizes = (*shape[:axis], shape[axis] // size, *shape[axis + 1 :])
         pieces = tuple((_by_groups(p, axis, size, shape), Scales(w, size, values)) for p, w in weights)
-        return place(pieces, sizes, type_, scale_sharding(sharding, sizes))
+        return place(pieces, sizes, type_, placed_along(sharding, jax.ShapeDtypeStruct(sizes, type_)))
 
     codes = tuple((piece, Codes(weight)) for piece, weight in weights)
     if kind == "int8":
@@ -118,15 +119,4 @@ def _offsets(shape: tuple[int, ...], weights: Weights, sharding: NamedSharding |
     for piece, weight in weights:
         if weight.nested is not None:
             values[piece.index] = weight.nested.offset
-    return jax.device_put(values, scale_sharding(sharding, values.shape))
-
-
-def scale_sharding(sharding: NamedSharding | None, shape: tuple[int, ...]) -> NamedSharding | None:
-    """The sharding of scales that go with codes of this one: as theirs, along each axis that can be split likewise."""
-    if sharding is None:
-        return None
-    spec = []
-    for size, entry in zip(shape, sharding.spec, strict=False):
-        names = entry if isinstance(entry, tuple) else () if entry is None else (entry,)
-        spec.append(None if size % prod(sharding.mesh.shape[name] for name in names) else entry)
-    return NamedSharding(sharding.mesh, PartitionSpec(*spec))
+    return jax.device_put(values, placed_along(sharding, values))

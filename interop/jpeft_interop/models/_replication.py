@@ -11,6 +11,7 @@ from typing import Any
 import jax
 from flax import nnx
 
+from jpeft._paths import map_leaves
 from jpeft._stacks import stacked_numbers
 
 from ._leaves import flatten, leaves_of
@@ -45,7 +46,7 @@ def replicate_layers(model: FlaxModel, layer_replication: Sequence[Sequence[int]
     def fresh() -> Any:
         return nnx.merge(model.blueprint.graphdef, abstract)
 
-    abstract = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), model.params)
+    abstract = map_leaves(lambda path, leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), model.params)
     module = fresh()
     *holders, name = path
     # A module of its own for each, for one that is used twice would be one set of parameters.

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from jpeft._paths import fold_in_name, last_name
+from jpeft._quantized import as_dense, is_abstract
 
 from ._blueprint import blueprint
 from ._leaves import Leaf, flatten, initial_value, nest
@@ -60,10 +61,10 @@ def resize_token_embeddings(
 
 
 def _resized(path: str, array: Any, leaf: Leaf, key: jax.Array, mean: bool, std: float) -> Any:
-    if isinstance(array, jax.ShapeDtypeStruct):
+    if is_abstract(array):
         return jax.ShapeDtypeStruct(leaf.shape, array.dtype)
     axis = next(place for place, size in enumerate(leaf.shape) if size != array.shape[place])
-    rows, count = jnp.moveaxis(jnp.asarray(array), axis, 0), leaf.shape[axis]
+    rows, count = jnp.moveaxis(jnp.asarray(as_dense(array)), axis, 0), leaf.shape[axis]
     added = count - rows.shape[0]
     if added < 0:
         return jnp.moveaxis(rows[:count], 0, axis)

@@ -10,6 +10,8 @@ from typing import Any
 import jax
 import numpy as np
 
+from jpeft._quantized import as_dense, is_quantized, taken
+
 from .._files import write_tensors
 from ._leaves import Leaf
 from ._parameters import Piece
@@ -41,7 +43,7 @@ def write_checkpoint(
             write_tensors(staging / file, {piece.name: _tensor(arrays[path], piece) for path, piece in pieces})
         if len(shards) > 1:
             weight_map = {piece.name: file for file, pieces in shards.items() for _, piece in pieces}
-            total = sum(array.nbytes for array in arrays.values())
+            total = sum(array.size * array.dtype.itemsize for array in arrays.values())
             _write_json(staging / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
         _write_json(staging / "config.json", raw)
         written = sorted(file.name for file in staging.iterdir())
@@ -51,10 +53,13 @@ def write_checkpoint(
         (directory / file).unlink(missing_ok=True)
 
 
-def _tensor(array: jax.Array, piece: Piece) -> np.ndarray:
+def _tensor(array: Any, piece: Piece) -> np.ndarray:
     """The tensor that a piece of a leaf is in a checkpoint."""
-    whole = all(at == slice(None) for at in piece.index)
-    tensor = np.asarray(array if whole else array[piece.index]).transpose(np.argsort(piece.axes))
+    index = piece.index
+    while is_quantized(array) and isinstance(index[0], int):
+        array, index = taken(array, index[0]), index[1:]  # One layer at a time becomes dense.
+    array, whole = as_dense(array), all(at == slice(None) for at in index)
+    tensor = np.asarray(array if whole else array[index]).transpose(np.argsort(piece.axes))
     return np.array(tensor, order="C", copy=None)  # In order now, so that nothing keeps the slice.
 
 

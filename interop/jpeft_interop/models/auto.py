@@ -13,12 +13,14 @@ from jax.typing import DTypeLike
 from ._bitsandbytes import gathered, without_quantization
 from ._blueprint import blueprint
 from ._config import read_generation_config, read_json, with_labels
+from ._default_rules import has_meaning
 from ._family import Architecture, Family, Options
 from ._hub import local_folder
 from ._leaves import abstract_value, initial_value, nest
 from ._loading import load, match
 from ._model import FlaxModel
-from ._shardings import Rules, placement
+from ._quantising import Quantise, quantiser
+from ._shardings import Rules, automatic, placement
 from ._stack import check_remat
 from ._tensors import catalogue, weight_files
 from .bart import BART
@@ -101,6 +103,7 @@ class AutoModel:
         revision: str | None = None,
         ignore_mismatched_sizes: bool = False,
         ignore_config_keys: Collection[str] = (),
+        quantize: str | Quantise | None = None,
     ) -> FlaxModel:
         """A model with the weights of a folder (`config.json` and safetensors), or of a Hub id.
 
@@ -113,9 +116,18 @@ class AutoModel:
         that its devices hold. `sharding_rules`: how, as `(regular expression
         of a path, jax.sharding.PartitionSpec)` pairs of which the first that fits counts and that leave a parameter
         whole where none does, or as `(path, shape) -> PartitionSpec`; in a stack of layers a spec of a pair is that of
-        one layer. None splits the largest axis that can be split over all devices (FSDP). `rng`: for a head that the
-        checkpoint lacks, which a UserWarning names; `ignore_mismatched_sizes` allows one of another size. It is
-        `jax.random.key(0)` if not given. `ignore_config_keys`: config keys that you know to have no effect.
+        one layer. None goes by the names of the mesh's axes: "fsdp" splits each weight and the rows of the batch, "tp"
+        heads, hidden features and the vocabulary, "data" the rows alone; with such axes, any of the three, activations
+        are split along, too. With axes of other names the largest axis that can be split is, over all devices. `rng`:
+        for a head that the checkpoint lacks, which a UserWarning names; `ignore_mismatched_sizes` allows one of another
+        size. It is `jax.random.key(0)` if not given. `ignore_config_keys`: config keys that you know to have no effect.
+        `quantize`: a format of `jpeft.quantize`, or that function with its arguments
+        (`functools.partial(jpeft.quantize, format="nf4", block=32)`), by which weights are quantised one after another
+        as they are read.
+
+        What bitsandbytes quantised, in 4 or 8 bits, is read as quantised leaves that stand for exactly its weights.
+        Products are in the dtype of the computation, whatever `bnb_4bit_compute_dtype` says, and LLM.int8's rounding
+        of activations is not done. Where blocks do not fit a parameter, a UserWarning names it and it is read dense.
 
         Raises ValueError for a config that is not implemented, by key, and for weights that do not fit, all of them
         in one error; FileNotFoundError if files are absent. Pickled weights are refused.
@@ -123,11 +135,16 @@ class AutoModel:
         folder = local_folder(name_or_path, revision=revision)
         raw = _labelled(read_json(folder), num_labels)
         family, architecture = _choose(raw, self.task)
+        quantise = quantiser(quantize, family.layouts)
         known, quantisation = without_quantization(raw)
-        plan = blueprint(
-            family, architecture, family.read_config(known, ignore_config_keys), _options(dtype, scan_layers, remat)
-        )
-        place = placement(mesh, sharding_rules)
+        if quantise is not None and quantisation is not None:
+            raise ValueError(
+                f"{name_or_path} is quantised already, as its quantization_config says; expected quantize=None, or the "
+                "folder of the model before it was"
+            )
+        options = _options(dtype, scan_layers, remat, mesh)
+        plan = blueprint(family, architecture, family.read_config(known, ignore_config_keys), options)
+        place = placement(mesh, sharding_rules, plan.config)
         shardings = {path: place(path, leaf.shape) for path, leaf in plan.leaves.items()}
         tensors = catalogue(weight_files(folder))
         matched = match(
@@ -144,6 +161,7 @@ class AutoModel:
             shardings=shardings,
             rng=jax.random.key(0) if rng is None else rng,
             std=plan.config.initializer_range,
+            quantise=quantise,
         )
         return FlaxModel(nest(arrays), plan.config, raw, str(name_or_path), plan, read_generation_config(folder))
 
@@ -174,10 +192,9 @@ class AutoModel:
         """
         raw = _labelled(read_json(config), num_labels)
         family, architecture = _choose(raw, self.task)
-        plan = blueprint(
-            family, architecture, family.read_config(raw, ignore_config_keys), _options(dtype, scan_layers, remat)
-        )
-        place = placement(mesh, sharding_rules)
+        options = _options(dtype, scan_layers, remat, mesh)
+        plan = blueprint(family, architecture, family.read_config(raw, ignore_config_keys), options)
+        place = placement(mesh, sharding_rules, plan.config)
         shardings = {path: place(path, leaf.shape) for path, leaf in plan.leaves.items()}
         if abstract:
             values = {path: abstract_value(leaf, param_dtype, shardings[path]) for path, leaf in plan.leaves.items()}
@@ -190,9 +207,10 @@ class AutoModel:
         return FlaxModel(nest(values), plan.config, raw, None, plan)
 
 
-def _options(dtype: DTypeLike | None, scan_layers: bool, remat: str | None) -> Options:
+def _options(dtype: DTypeLike | None, scan_layers: bool, remat: str | None, mesh: Mesh | None) -> Options:
     check_remat(remat)
-    return Options(None if dtype is None else jnp.dtype(dtype), scan_layers, remat)
+    spread = None if mesh is None or not has_meaning(mesh) else automatic(mesh)
+    return Options(None if dtype is None else jnp.dtype(dtype), scan_layers, remat, spread)
 
 
 def _labelled(raw: dict[str, Any], num_labels: int | None) -> dict[str, Any]:
