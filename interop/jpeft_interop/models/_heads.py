@@ -14,6 +14,7 @@ from flax import nnx
 
 from ._family import Architecture, Family, Options
 from ._layers import Linear
+from ._losses import chunked_causal_lm_loss
 from ._outputs import ClassifierOutput, LMOutput, QuestionAnsweringOutput
 
 Backbone = Callable[[Any, Options], Any]
@@ -38,15 +39,26 @@ class CausalLM(nnx.Module):
         self.names = (prefix, None if config.tie_word_embeddings else head)
         self.softcap = getattr(config, "final_logit_softcapping", None)
 
-    def __call__(self, *, logits_to_keep: int | None = None, **inputs: Any) -> LMOutput:
-        prefix, head = self.names
-        body = getattr(self, prefix)
-        output = body(**inputs)
+    def __call__(
+        self,
+        *,
+        logits_to_keep: int | None = None,
+        labels: jax.Array | None = None,
+        loss_chunk_size: int | None = None,
+        **inputs: Any,
+    ) -> LMOutput:
+        output = getattr(self, self.names[0])(**inputs)
+        if labels is not None and loss_chunk_size is not None:
+            loss = chunked_causal_lm_loss(output.last_hidden_state, self.scores, labels, loss_chunk_size)
+            return LMOutput(None, output.past_key_values, output.hidden_states, loss)
         x = output.last_hidden_state if logits_to_keep is None else output.last_hidden_state[:, -logits_to_keep:]
-        logits = body.input_embedding.attend(x) if head is None else getattr(self, head)(x)
-        if self.softcap is not None:
-            logits = self.softcap * jnp.tanh(logits / self.softcap)
-        return LMOutput(logits, output.past_key_values, output.hidden_states)
+        return LMOutput(self.scores(x), output.past_key_values, output.hidden_states)
+
+    def scores(self, x: jax.Array) -> jax.Array:
+        """`(..., features) -> (..., vocab)`."""
+        prefix, head = self.names
+        logits = getattr(self, prefix).input_embedding.attend(x) if head is None else getattr(self, head)(x)
+        return logits if self.softcap is None else self.softcap * jnp.tanh(logits / self.softcap)
 
 
 class SequenceClassification(nnx.Module):

@@ -12,6 +12,8 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
+from jpeft import chunked_cross_entropy
+
 IGNORED = -100
 """The label of what is left out of a loss."""
 
@@ -53,6 +55,20 @@ def causal_lm_loss(logits: ArrayLike, labels: ArrayLike) -> jax.Array:
     logits, labels = jnp.asarray(logits), jnp.asarray(labels)
     _check_rows(logits.shape[:-1], labels.shape, logits.shape)
     return cross_entropy(logits[..., :-1, :], labels[..., 1:])
+
+
+def chunked_causal_lm_loss(
+    hidden: jax.Array, scores: Callable[[jax.Array], jax.Array], labels: ArrayLike, chunk_size: int
+) -> jax.Array:
+    """`causal_lm_loss` of `scores(hidden)`, made of `chunk_size` tokens of each row at a time.
+
+    hidden: (batch, length, features). labels: as there.
+    """
+    labels = jnp.asarray(labels)
+    _check_rows(hidden.shape[:-1], labels.shape, (*hidden.shape[:-1], "vocab"))
+    return chunked_cross_entropy(
+        hidden[..., :-1, :], scores, labels[..., 1:], chunk_size=chunk_size, ignore_index=IGNORED
+    )
 
 
 def classification_loss(logits: ArrayLike, labels: ArrayLike, problem_type: str | None = None) -> jax.Array:
@@ -173,6 +189,6 @@ def _wide(logits: ArrayLike) -> jax.Array:
     return logits.astype(jnp.float32) if logits.dtype.itemsize < 4 else logits
 
 
-def _check_rows(expected: tuple[int, ...], given: tuple[int, ...], logits: tuple[int, ...]) -> None:
+def _check_rows(expected: tuple[int, ...], given: tuple[int, ...], logits: tuple[Any, ...]) -> None:
     if expected != given:
         raise ValueError(f"labels have the shape {given}; expected {expected} for logits of the shape {logits}")

@@ -36,9 +36,9 @@ class BaseModelOutputWithPooling:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class LMOutput:
-    """`logits (batch, length, vocab)`, of a causal or a masked language model."""
+    """`logits (batch, length, vocab)`, of a causal or a masked language model; None where the loss came by chunks."""
 
-    logits: jax.Array
+    logits: jax.Array | None
     past_key_values: Cache | None = None
     hidden_states: HiddenStates = None
     loss: jax.Array | None = None
