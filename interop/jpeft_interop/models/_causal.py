@@ -10,6 +10,7 @@ from ._activations import activation
 from ._attention import Context, attend, remember, split_heads, visible
 from ._cache import Memory
 from ._call import DecoderCall, cache_after
+from ._family import Options
 from ._layers import Linear
 from ._outputs import BaseModelOutput
 from ._rotary import apply_rotary
@@ -72,7 +73,7 @@ def through(
     context: Context,
     finish: Callable[[jax.Array], jax.Array],
     *,
-    remat: str | None,
+    options: Options,
     collect: bool,
 ) -> BaseModelOutput:
     """Put the embedded input through all layers `(x, context, memory) -> (x, memory)`, and then through `finish`."""
@@ -81,7 +82,7 @@ def through(
         x,
         lambda layer, x, memory: layer(x, context, memory),
         memories=None if call.cache is None else call.cache.layers,
-        remat=remat,
+        options=options,
         collect=collect,
     )
     x = finish(x)

@@ -251,4 +251,4 @@ class Decoder(nnx.Module):
         windows = {kind: config.sliding_window if kind == SLIDING else None for kind, _ in config.ropes}
         rotary = {kind: rotary_tables(rope, call.positions, x.dtype) for kind, rope in config.ropes}
         context = context_of(call, windows, rotary)
-        return through(self.layers, x, call, context, self.norm, remat=self.options.remat, collect=output_hidden_states)
+        return through(self.layers, x, call, context, self.norm, options=self.options, collect=output_hidden_states)

@@ -6,6 +6,7 @@ from typing import Any
 
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import Mesh
 
 from ._losses import ClassificationLoss, classification_loss
 
@@ -16,11 +17,13 @@ class Options:
 
     `dtype`: of the computation; None for that of the embedding. `scan_layers`: whether uniform layers are stacked and
     run by a scan. `remat`: name of the `jax.checkpoint` policy of each layer; None saves all for the backward pass.
+    `mesh`: of axes "data", "fsdp" and "tp" (any of them) over which activations are split; None leaves them alone.
     """
 
     dtype: jnp.dtype | None = None
     scan_layers: bool = False
     remat: str | None = None
+    mesh: Mesh | None = None
 
 
 @dataclass(frozen=True)

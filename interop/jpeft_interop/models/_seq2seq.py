@@ -240,7 +240,7 @@ def run_layers(
         x,
         lambda layer, x, memory: layer(x, context, memory),
         memories=None if cache is None else cache.layers,
-        remat=options.remat,
+        options=options,
         collect=collect,
     )
 

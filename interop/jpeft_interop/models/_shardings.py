@@ -1,16 +1,14 @@
 """Where parameters go: from a mesh, and rules that say how it splits them, to one sharding for each."""
 
-import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from math import prod
 from typing import Any
 
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from jpeft._stacks import placed_layers
+from jpeft._specs import Rules as Rules, check_spec, spec_by_rule, stack_of
 
-Rules = Sequence[tuple[str, PartitionSpec]] | Callable[[str, tuple[int, ...]], PartitionSpec]
-"""`(regular expression of a path, spec)` pairs of which the first that fits counts, or `(path, shape) -> spec`."""
+from ._default_rules import default_rules, has_meaning
 
 Placement = Callable[[str, tuple[int, ...]], NamedSharding | None]
 """`(path, shape) -> sharding`; None is the default device."""
@@ -19,14 +17,16 @@ SMALL = 1 << 12
 """Elements of one layer's parameter below which it is not worth a split: each device holds all of it."""
 
 
-def placement(mesh: Mesh | None, rules: Rules | None) -> Placement:
-    """Where the rules put each parameter on a mesh; without rules, each is split over all devices (FSDP).
+def placement(mesh: Mesh | None, rules: Rules | None, config: Any = None) -> Placement:
+    """Where the rules put each parameter on a mesh; without rules, as the names of its axes say.
 
     A rule of `(regular expression, spec)` counts for a path in which the expression is found, or, where the path
     names a stack of layers (`layers.0:12.mlp.kernel`), in that of its first layer (`layers.0.mlp.kernel`): the spec
     is that of one layer, and the stack is not split. A parameter that fits no rule is on every device. A callable
-    gives the spec of the whole parameter. Without rules, the largest axis of a parameter that the number of devices
-    divides is split over all of them; a stack of layers is not, nor are parameters of less than 4096 elements.
+    gives the spec of the whole parameter. Without rules, axes that are called "data", "fsdp" or "tp" split a parameter
+    by what its layer does in a model of this `config`. If any has another name, the largest axis of a parameter that
+    the number of devices divides is split over all of them; a stack of layers is not, nor are parameters of less than
+    4096 elements.
 
     The axes of the mesh become `AxisType.Auto`, whatever they are: the networks leave it to the compiler how their
     activations are split, where an explicit axis asks every operation for it.
@@ -38,58 +38,28 @@ def placement(mesh: Mesh | None, rules: Rules | None) -> Placement:
         if rules is not None:
             raise ValueError("sharding_rules were given without a mesh: give mesh=jax.sharding.Mesh(...) as well")
         return lambda path, shape: None
-    mesh = Mesh(mesh.devices, mesh.axis_names, axis_types=(AxisType.Auto,) * len(mesh.axis_names))
+    mesh = automatic(mesh)
+    if rules is None and config is not None and has_meaning(mesh):
+        rules = default_rules(mesh, config)
 
     def place(path: str, shape: tuple[int, ...]) -> NamedSharding:
-        if rules is None:
-            spec = _fully_sharded(mesh, path, shape)
-        elif callable(rules):
-            spec = rules(path, shape)
-        else:
-            spec = _by_rule(rules, path)
-        _check(spec, mesh, path, shape)
+        spec = _fully_sharded(mesh, path, shape) if rules is None else spec_by_rule(rules, path, shape)
+        check_spec(spec, mesh, path, shape, "the sharding rule")
         return NamedSharding(mesh, spec)
 
     return place
 
 
-def _stack(path: str) -> tuple[int, str]:
-    """The number of a leaf's leading axes that stack layers, and the path of the first layer."""
-    places, layer = next(iter(placed_layers(path).items()))
-    return len(places), layer
+def automatic(mesh: Mesh) -> Mesh:
+    """The mesh with all axes left to the compiler."""
+    return Mesh(mesh.devices, mesh.axis_names, axis_types=(AxisType.Auto,) * len(mesh.axis_names))
 
 
 def _fully_sharded(mesh: Mesh, path: str, shape: tuple[int, ...]) -> PartitionSpec:
-    stacked, _ = _stack(path)
+    stacked, _ = stack_of(path)
     sizes = shape[stacked:]
     axes = [axis for axis, size in enumerate(sizes) if size % mesh.size == 0]
     if prod(sizes) < SMALL or not axes:
         return PartitionSpec()
     largest = max(axes, key=lambda axis: sizes[axis])
     return PartitionSpec(*[None] * (stacked + largest), tuple(mesh.axis_names))
-
-
-def _by_rule(rules: Sequence[tuple[str, PartitionSpec]], path: str) -> PartitionSpec:
-    stacked, layer = _stack(path)
-    for pattern, spec in rules:
-        if re.search(pattern, path) or re.search(pattern, layer):
-            return PartitionSpec(*[None] * stacked, *spec) if isinstance(spec, PartitionSpec) else spec
-    return PartitionSpec()
-
-
-def _check(spec: Any, mesh: Mesh, path: str, shape: tuple[int, ...]) -> None:
-    if not isinstance(spec, PartitionSpec):
-        raise TypeError(f"the sharding rule of {path} gives {spec!r}, expected a jax.sharding.PartitionSpec")
-    where = f"the sharding rule of {path} {shape} gives {spec}, but"
-    if len(spec) > len(shape):
-        raise ValueError(f"{where} the parameter has {len(shape)} axes: give no more entries than that")
-    for axis, entry in enumerate(spec):
-        names = entry if isinstance(entry, tuple) else () if entry is None else (entry,)
-        if unknown := [name for name in names if name not in mesh.axis_names]:
-            raise ValueError(f"{where} the mesh has no axis {unknown[0]!r}; its axes are {dict(mesh.shape)}")
-        parts = prod(mesh.shape[name] for name in names)
-        if shape[axis] % parts:
-            raise ValueError(
-                f"{where} axis {axis} of size {shape[axis]} cannot be split into {parts} equal parts; the axes of the "
-                f"mesh are {dict(mesh.shape)}. Give None for that axis"
-            )

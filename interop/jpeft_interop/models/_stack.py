@@ -14,6 +14,7 @@ from flax import nnx
 from jpeft._stacks import stacked_numbers
 
 from ._family import Options
+from ._spread import spread
 
 REMAT_POLICIES = (
     "nothing_saveable",
@@ -70,20 +71,21 @@ def run(
     layer: Layer,
     *,
     memories: Mapping[str, Any] | None = None,
-    remat: str | None = None,
+    options: Options,
     collect: bool = False,
 ) -> tuple[Any, dict[str, Any], tuple[Any, ...]]:
     """Put `x` through all layers by `layer(module, x, memory)`.
 
     `memories`: what each layer kept from an earlier call, by name. Returns x, the layers' new memories by name, and,
-    if `collect`, what went into every layer.
+    if `collect`, what went into every layer. On a mesh, x is spread before each layer and after it.
     """
     memories = {} if memories is None else memories
     kept: dict[str, Any] = {}
     inputs: list[Any] = []
+    x = spread(x, options.mesh)
     for names in _in_order(modules):
         given = {name: memories.get(name) for name in names}
-        x, new, entered = _run_group({name: modules[name] for name in names}, x, layer, given, remat, collect)
+        x, new, entered = _run_group({name: modules[name] for name in names}, x, layer, given, options, collect)
         kept |= {name: memory for name, memory in new.items() if memory is not None}
         inputs += entered
     return x, kept, tuple(inputs)
@@ -103,7 +105,7 @@ def _run_group(
     x: Any,
     layer: Layer,
     memories: Mapping[str, Any],
-    remat: str | None,
+    options: Options,
     collect: bool,
 ) -> tuple[Any, Mapping[str, Any], list[Any]]:
     split = {name: nnx.split(module) for name, module in modules.items()}
@@ -113,9 +115,9 @@ def _run_group(
         def call(state: Any, x: Any, memory: Any) -> tuple[Any, Any]:
             return layer(nnx.merge(graphdefs[name], state), x, memory)
 
-        if remat is not None:
+        if options.remat is not None:
             # Within a scan nothing can be merged across the boundary, and the barriers would only cost time.
-            call = jax.checkpoint(call, policy=getattr(jax.checkpoint_policies, remat), prevent_cse=not scanned)
+            call = jax.checkpoint(call, policy=getattr(jax.checkpoint_policies, options.remat), prevent_cse=not scanned)
         return call(state, x, memory)
 
     def all_of(x: Any, given: Any) -> tuple[Any, Any]:
@@ -124,6 +126,7 @@ def _run_group(
         for name in modules:
             entered.append(x if collect else None)
             x, new[name] = one(name, states[name], x, memories[name])
+            x = spread(x, options.mesh)
         return x, (new, entered)
 
     scanned = stacked_numbers(next(iter(modules))) is not None

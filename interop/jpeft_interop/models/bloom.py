@@ -125,7 +125,7 @@ class BloomModel(nnx.Module):
         x = self.word_embeddings_layernorm(x)
         call = begin(x.shape[0], x.shape[1], attention_mask, None, past_key_values, cache_length)
         context = dataclasses.replace(context_of(call, {FULL: None}), bias=alibi(call, self.heads))
-        return through(self.h, x, call, context, self.ln_f, remat=self.options.remat, collect=output_hidden_states)
+        return through(self.h, x, call, context, self.ln_f, options=self.options, collect=output_hidden_states)
 
 
 BLOOM = decoder_family(

@@ -151,7 +151,7 @@ class GPT2Model(nnx.Module):
         if token_type_ids is not None:
             x = x + self.wte(token_type_ids, x.dtype)
         context = context_of(call, {FULL: None})
-        return through(self.h, x, call, context, self.ln_f, remat=self.options.remat, collect=output_hidden_states)
+        return through(self.h, x, call, context, self.ln_f, options=self.options, collect=output_hidden_states)
 
 
 GPT2 = decoder_family(

@@ -114,7 +114,7 @@ class GPTNeoXModel(nnx.Module):
         call = begin(x.shape[0], x.shape[1], attention_mask, position_ids, past_key_values, cache_length)
         context = context_of(call, {FULL: None}, {FULL: rotary_tables(self.rope, call.positions, x.dtype)})
         return through(
-            self.layers, x, call, context, self.final_layer_norm, remat=self.options.remat, collect=output_hidden_states
+            self.layers, x, call, context, self.final_layer_norm, options=self.options, collect=output_hidden_states
         )
 
 

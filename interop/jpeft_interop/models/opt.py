@@ -159,9 +159,7 @@ class Decoder(nnx.Module):
         positions = counted(call) if position_ids is None else position_ids
         x = x + self.embed_positions(positions + OFFSET, x.dtype)
         context = context_of(call, {FULL: None})
-        return through(
-            self.layers, x, call, context, self.finish, remat=self.options.remat, collect=output_hidden_states
-        )
+        return through(self.layers, x, call, context, self.finish, options=self.options, collect=output_hidden_states)
 
     def finish(self, x: jax.Array) -> jax.Array:
         x = x if self.final_layer_norm is None else self.final_layer_norm(x)
