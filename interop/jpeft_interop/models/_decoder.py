@@ -244,7 +244,7 @@ class Decoder(nnx.Module):
         output_hidden_states: bool = False,
     ) -> BaseModelOutput:
         config = self.config
-        x = embed_tokens(self.embed_tokens, input_ids, inputs_embeds, self.options.dtype)
+        x = embed_tokens(self.embed_tokens, input_ids, inputs_embeds, self.options)
         if config.embedding_scale is not None and inputs_embeds is None:
             x = x * jnp.asarray(config.embedding_scale, x.dtype)
         call = begin(x.shape[0], x.shape[1], attention_mask, position_ids, past_key_values, cache_length)

@@ -12,7 +12,9 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from ._activations import activation
+from ._family import Options
 from ._parameters import normal, ones, parameter, whole, zeros
+from ._spread import spread, spread_lookup
 
 
 class Linear(nnx.Module):
@@ -105,12 +107,13 @@ class GatedMLP(nnx.Module):
 
 
 def embed_tokens(
-    table: Embed, input_ids: jax.Array | None, inputs_embeds: jax.Array | None, dtype: DTypeLike | None
+    table: Embed, input_ids: jax.Array | None, inputs_embeds: jax.Array | None, options: Options
 ) -> jax.Array:
-    """The embedded input `(batch, length, features)`, from ids or as given; its dtype is that of the computation.
+    """The embedded input `(batch, length, features)`, from ids or as given, in the dtype of the computation, spread.
 
     Raises ValueError unless exactly one of the two is given, with the rank that it needs.
     """
+    mesh = options.mesh
     if (input_ids is None) == (inputs_embeds is None):
         given = "neither" if input_ids is None else "both"
         raise ValueError(f"expected one of input_ids and inputs_embeds, got {given}")
@@ -118,8 +121,8 @@ def embed_tokens(
         features = table.embedding.shape[-1]
         if inputs_embeds.ndim != 3 or inputs_embeds.shape[-1] != features:
             raise ValueError(f"inputs_embeds must be (batch, length, {features}), got {inputs_embeds.shape}")
-        return inputs_embeds.astype(table.embedding.dtype if dtype is None else dtype)
+        return spread(inputs_embeds.astype(table.embedding.dtype if options.dtype is None else options.dtype), mesh)
     assert input_ids is not None
     if input_ids.ndim != 2 or not jnp.issubdtype(input_ids.dtype, jnp.integer):
         raise ValueError(f"input_ids must be integers (batch, length), got {input_ids.dtype} {input_ids.shape}")
-    return table(input_ids, dtype)
+    return spread_lookup(lambda ids: table(ids, options.dtype), input_ids, mesh)

@@ -6,6 +6,7 @@ where it might otherwise leave them split and sum activations over the devices.
 
 import dataclasses
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -27,6 +28,20 @@ def spread(x: Any, mesh: Mesh | None, *, features: bool = False) -> Any:
     return jax.tree.map(lambda array: _constrained(array, mesh, features), x)
 
 
+def spread_lookup(lookup: Callable[[jax.Array], jax.Array], ids: jax.Array, mesh: Mesh | None) -> jax.Array:
+    """`lookup(ids)` for ids `(batch, length)`, spread.
+
+    In a table whose features are split over "fsdp" each device looks up its features for the rows of all of them, and
+    then they exchange what they found: neither the table nor the whole batch is ever in one place.
+    """
+    if mesh is None or not _is_in_use(mesh) or FSDP not in mesh.axis_names or not _divides(ids, mesh):
+        return spread(lookup(ids), mesh)
+    rows = DATA if DATA in mesh.axis_names else None
+    x = lookup(jax.lax.with_sharding_constraint(ids, NamedSharding(mesh, PartitionSpec(rows))))
+    features = None if x.shape[-1] % mesh.shape[FSDP] else FSDP
+    return spread(jax.lax.with_sharding_constraint(x, NamedSharding(mesh, PartitionSpec(rows, None, features))), mesh)
+
+
 def spread_scores(output: Any, mesh: Mesh | None) -> Any:
     """What a network gives, the scores of its vocabulary, if it has one, split over "tp"."""
     if mesh is None or not isinstance(output, (LMOutput, Seq2SeqLMOutput)):
@@ -41,9 +56,16 @@ def _is_in_use(mesh: Mesh) -> bool:
     )
 
 
+def _rows(mesh: Mesh) -> tuple[str, ...]:
+    return tuple(name for name in (DATA, FSDP) if name in mesh.axis_names)
+
+
+def _divides(x: jax.Array, mesh: Mesh) -> bool:
+    return x.shape[0] % math.prod(mesh.shape[name] for name in _rows(mesh)) == 0
+
+
 def _constrained(x: jax.Array, mesh: Mesh, features: bool) -> jax.Array:
-    rows = tuple(name for name in (DATA, FSDP) if name in mesh.axis_names)
-    if x.ndim != 3 or x.shape[0] % math.prod(mesh.shape[name] for name in rows):
+    if x.ndim != 3 or not _divides(x, mesh):
         return x
-    last = TENSOR if features and x.shape[-1] % mesh.shape.get(TENSOR, x.shape[-1] + 1) == 0 else None
-    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, PartitionSpec(rows or None, None, last)))
+    last = TENSOR if features and TENSOR in mesh.axis_names and x.shape[-1] % mesh.shape[TENSOR] == 0 else None
+    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, PartitionSpec(_rows(mesh) or None, None, last)))

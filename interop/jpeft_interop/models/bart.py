@@ -150,13 +150,13 @@ class BartModel(nnx.Module):
         self.encoder = Stack(config, options, depth=config.encoder_layers, sizes=encoder, cross=False)
         self.decoder = Stack(config, options, depth=config.decoder_layers, sizes=decoder, cross=True)
         self.scale = math.sqrt(config.d_model) if config.scale_embedding else 1.0
-        self.start, self.dtype = config.decoder_start_token_id, options.dtype
+        self.start, self.options = config.decoder_start_token_id, options
 
     def __call__(self, **inputs: Any) -> Seq2SeqModelOutput:
         return encode_and_decode(self._encode, self._embed, self.decoder.decode, **shifted(inputs, self.start))
 
     def _embed(self, ids: jax.Array | None, embeds: jax.Array | None) -> jax.Array:
-        x = embed_tokens(self.shared, ids, embeds, self.dtype)
+        x = embed_tokens(self.shared, ids, embeds, self.options)
         return x * self.scale if embeds is None else x
 
     def _encode(

@@ -80,7 +80,7 @@ class Embeddings(nnx.Module):
         self.position_embeddings = Embed(config.max_position_embeddings, config.hidden_size)
         self.token_type_embeddings = Embed(config.type_vocab_size, config.hidden_size)
         self.LayerNorm = LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.config, self.positions, self.dtype = config, positions, options.dtype
+        self.config, self.positions, self.options = config, positions, options
 
     def __call__(
         self,
@@ -89,7 +89,7 @@ class Embeddings(nnx.Module):
         position_ids: jax.Array | None,
         inputs_embeds: jax.Array | None,
     ) -> jax.Array:
-        x = embed_tokens(self.word_embeddings, input_ids, inputs_embeds, self.dtype)
+        x = embed_tokens(self.word_embeddings, input_ids, inputs_embeds, self.options)
         position_ids = positions_of(position_ids, input_ids, x, self.config, self.positions)
         if token_type_ids is None:
             token_type_ids = jnp.zeros((1, x.shape[1]), jnp.int32)

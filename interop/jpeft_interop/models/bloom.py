@@ -121,7 +121,7 @@ class BloomModel(nnx.Module):
         cache_length: int | None = None,
         output_hidden_states: bool = False,
     ) -> BaseModelOutput:
-        x = embed_tokens(self.word_embeddings, input_ids, inputs_embeds, self.options.dtype)
+        x = embed_tokens(self.word_embeddings, input_ids, inputs_embeds, self.options)
         x = self.word_embeddings_layernorm(x)
         call = begin(x.shape[0], x.shape[1], attention_mask, None, past_key_values, cache_length)
         context = dataclasses.replace(context_of(call, {FULL: None}), bias=alibi(call, self.heads))

@@ -138,10 +138,10 @@ class TextEmbeddings(nnx.Module):
     def __init__(self, config: TextConfig, options: Options):
         self.token_embedding = Embed(config.vocab_size, config.hidden_size)
         self.position_embedding = Embed(config.max_position_embeddings, config.hidden_size)
-        self.config, self.dtype = config, options.dtype
+        self.config, self.options = config, options
 
     def __call__(self, input_ids: jax.Array | None, position_ids: jax.Array | None) -> jax.Array:
-        x = embed_tokens(self.token_embedding, input_ids, None, self.dtype)
+        x = embed_tokens(self.token_embedding, input_ids, None, self.options)
         return x + self.position_embedding(positions_of(position_ids, input_ids, x, self.config, counted), x.dtype)
 
 

@@ -113,7 +113,7 @@ class Embeddings(nnx.Module):
         projected = features != config.hidden_size
         self.embed_proj = Linear(features, config.hidden_size, bias=False) if projected else None
         self.LayerNorm = LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.config, self.dtype = config, options.dtype
+        self.config, self.options = config, options
 
     def __call__(
         self,
@@ -122,7 +122,7 @@ class Embeddings(nnx.Module):
         position_ids: jax.Array | None,
         inputs_embeds: jax.Array | None,
     ) -> jax.Array:
-        x = embed_tokens(self.word_embeddings, input_ids, inputs_embeds, self.dtype)
+        x = embed_tokens(self.word_embeddings, input_ids, inputs_embeds, self.options)
         if self.position_embeddings is not None:
             position_ids = positions_of(position_ids, input_ids, x, self.config, counted)
             x = x + self.position_embeddings(position_ids, x.dtype)

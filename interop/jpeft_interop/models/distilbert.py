@@ -47,12 +47,12 @@ class Embeddings(nnx.Module):
         self.word_embeddings = Embed(config.vocab_size, config.hidden_size)
         self.position_embeddings = Embed(config.max_position_embeddings, config.hidden_size)
         self.LayerNorm = _norm(config)
-        self.config, self.dtype = config, options.dtype
+        self.config, self.options = config, options
 
     def __call__(
         self, input_ids: jax.Array | None, position_ids: jax.Array | None, inputs_embeds: jax.Array | None
     ) -> jax.Array:
-        x = embed_tokens(self.word_embeddings, input_ids, inputs_embeds, self.dtype)
+        x = embed_tokens(self.word_embeddings, input_ids, inputs_embeds, self.options)
         position_ids = positions_of(position_ids, input_ids, x, self.config, counted)
         return self.LayerNorm(x + self.position_embeddings(position_ids, x.dtype))
 

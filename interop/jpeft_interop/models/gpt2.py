@@ -144,7 +144,7 @@ class GPT2Model(nnx.Module):
         cache_length: int | None = None,
         output_hidden_states: bool = False,
     ) -> BaseModelOutput:
-        x = embed_tokens(self.wte, input_ids, inputs_embeds, self.options.dtype)
+        x = embed_tokens(self.wte, input_ids, inputs_embeds, self.options)
         call = begin(x.shape[0], x.shape[1], attention_mask, position_ids, past_key_values, cache_length)
         check_length(call.length, position_ids, self.max_positions)
         x = x + self.wpe(call.positions, x.dtype)

@@ -110,7 +110,7 @@ class GPTNeoXModel(nnx.Module):
         cache_length: int | None = None,
         output_hidden_states: bool = False,
     ) -> BaseModelOutput:
-        x = embed_tokens(self.embed_in, input_ids, inputs_embeds, self.options.dtype)
+        x = embed_tokens(self.embed_in, input_ids, inputs_embeds, self.options)
         call = begin(x.shape[0], x.shape[1], attention_mask, position_ids, past_key_values, cache_length)
         context = context_of(call, {FULL: None}, {FULL: rotary_tables(self.rope, call.positions, x.dtype)})
         return through(

@@ -150,7 +150,7 @@ class Decoder(nnx.Module):
         cache_length: int | None = None,
         output_hidden_states: bool = False,
     ) -> BaseModelOutput:
-        x = embed_tokens(self.embed_tokens, input_ids, inputs_embeds, self.options.dtype)
+        x = embed_tokens(self.embed_tokens, input_ids, inputs_embeds, self.options)
         # As in transformers, position_ids choose rows of the table and do not tell packed sequences apart.
         call = begin(x.shape[0], x.shape[1], attention_mask, None, past_key_values, cache_length)
         check_position_ids(position_ids, call.batch, call.length)

@@ -316,7 +316,7 @@ def _run(parts: Parts, options: Options, **inputs: Any) -> Seq2SeqModelOutput:
     shared, encoder, decoder = parts
 
     def embedding(ids: jax.Array | None, embeds: jax.Array | None) -> jax.Array:
-        return embed_tokens(shared, ids, embeds, options.dtype)
+        return embed_tokens(shared, ids, embeds, options)
 
     def encode(
         mask: jax.Array | None,
@@ -375,7 +375,7 @@ class T5EncoderModel(nnx.Module):
     def __init__(self, config: T5Config, options: Options):
         self.shared = Embed(config.vocab_size, config.d_model)
         self.encoder = Stack(config, options, depth=config.num_layers, cross=False)
-        self.dtype = options.dtype
+        self.options = options
 
     def __call__(
         self,
@@ -384,7 +384,7 @@ class T5EncoderModel(nnx.Module):
         inputs_embeds: jax.Array | None = None,
         output_hidden_states: bool = False,
     ) -> BaseModelOutput:
-        x = embed_tokens(self.shared, input_ids, inputs_embeds, self.dtype)
+        x = embed_tokens(self.shared, input_ids, inputs_embeds, self.options)
         return self.encoder.encode(x, attention_mask, output_hidden_states)
 
 

@@ -212,7 +212,7 @@ class Decoder(nnx.Module):
 
     def embed(self, ids: jax.Array | None, embeds: jax.Array | None) -> jax.Array:
         """The embedded input of the decoder."""
-        return embed_tokens(self.embed_tokens, ids, embeds, self.options.dtype)
+        return embed_tokens(self.embed_tokens, ids, embeds, self.options)
 
 
 class WhisperModel(nnx.Module):
