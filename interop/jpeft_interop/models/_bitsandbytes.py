@@ -212,6 +212,6 @@ def _check_table(name: str, kind: str, tensor: Tensor) -> None:
     furthest = np.abs(table - TABLES[kind]).max()
     if not furthest < TABLE_ERROR:
         raise ValueError(
-            f"{name}.quant_map is {furthest} away from the table of {kind}; expected less than {TABLE_ERROR}, as "
+            f"{name}.quant_map is {furthest:.3g} away from the table of {kind}; expected less than {TABLE_ERROR}, as "
             "bitsandbytes goes by its own table and not by the file's"
         )
