@@ -12,6 +12,7 @@ from jax.sharding import PartitionSpec
 from .._contract import STACK
 from ._codes import carrier, constrained, specs_like, with_leading_axis
 from ._dropout import at_step, has_key
+from ._factors import factored
 from ._jaxpr import (
     JIT_PRIMITIVES,
     Equation,
@@ -174,6 +175,8 @@ def _sliced(context: Context, value: Any) -> Sliced:
     if len(weight.axes[0]) > 1:
         raise Unsupported("scan over axes that were reshaped together")
     axis = weight.axes[0][0] if weight.axes[0] else None
+    if axis is None or axis.role != STACK:
+        weight = factored(weight)
     if axis is not None:
         context.record.role(weight, axis, STACK)
         if axis.role != STACK and not all(term.low_rank for term in weight.terms):

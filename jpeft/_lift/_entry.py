@@ -15,7 +15,6 @@ from .._contract import (
     OUTPUT,
     STACK,
     VOCABULARY,
-    WINDOW,
     Merge,
     Method,
     Site,
@@ -29,7 +28,8 @@ from .._sites import canonical
 from .._stacks import layer_paths
 from .._targets import saved_modules
 from .._tokens import TokenRows, row_method
-from ._weight import FULL_COPY, RANK, Axis, Term, of_role, weight_axes
+from ._factors import with_factors
+from ._weight import FULL_COPY, Term, weight_axes
 
 
 def adapted_modules(wrapped: PeftParams) -> list[tuple[str, str]]:
@@ -85,13 +85,18 @@ def _term(name: str, adapter: Adapter, method: Method, path: str, site: Site, rn
     own, alike = arrays_at(adapter, path)
     axes = tuple(axis for group in weight_axes(site.layout, site.shape) for axis in group)
     stack = tuple(axis for axis in axes if axis.role == STACK)
-    arrays, labels = (_factors if method.factors else _as_stored)(own, alike, method, site, axes, stack)
+    lead = {array: () if array in alike else stack for array in own}
+    labels: dict[str, Any] = {n: (*lead[n], *(None,) * (jnp.ndim(own[n]) - len(lead[n]))) for n in own}
+    arrays = dict(own)
     # As in PEFT: dropout is on the input of a layer, and the input of a lookup is no number.
     if rng is not None and _is_random(method, adapter.config, site):
         key = fold_in_name(rng.key(), f"{name}/{path}")
         arrays["key"] = jax.random.split(key, site.stack) if stack else key
         labels["key"] = stack
-    return Term(arrays, FrozenMapping(labels), method, adapter.config, name, (site,))
+    stored = method.factors is not None
+    term = Term(arrays, FrozenMapping(labels), method, adapter.config, name, (site,), stored)
+    # Those of a single layer are made here, once for all of its uses.
+    return with_factors(term) if stored and not stack else term
 
 
 def _row_inputs(context: Mapping[str, Any], name: str, method: Method) -> dict[str, jax.Array]:
@@ -118,47 +123,6 @@ def _with_rows(term: Term, given: Mapping[str, jax.Array]) -> Term:
 def _is_random(method: Method, config: Any, site: Site) -> bool:
     drops = site.kind != EMBEDDING or method.drops_lookups
     return method.noisy(config) or bool(method.dropout(config) and drops)
-
-
-def _factors(
-    own: dict[str, jax.Array],
-    alike: frozenset[str],
-    method: Method,
-    site: Site,
-    axes: tuple[Axis, ...],
-    stack: tuple[Axis, ...],
-) -> tuple[dict[str, jax.Array], dict[str, Any]]:
-    """A low-rank method's factors with their axes taken apart as the leaf's are."""
-    assert method.factors is not None
-    outputs = of_role(axes, OUTPUT)
-    windows = of_role(axes, WINDOW)
-    inputs = tuple(axis for axis in axes if axis not in (*stack, *outputs, *windows))
-
-    def one(arrays: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        assert method.factors is not None
-        return method.factors(arrays, site)
-
-    a, b = over_stack(one, site, alike)(own)
-    sizes = {axis: axis.size for axis in axes}
-    rank = a.shape[len(stack)]
-    lead = site.stack
-    a = jnp.reshape(a, (*lead, rank, *(sizes[axis] for axis in (*inputs, *windows))))
-    b = jnp.reshape(b, (*lead, rank, *(sizes[axis] for axis in outputs)))
-    labels = {"a": (*stack, RANK, *inputs, *windows), "b": (*stack, RANK, *outputs)}
-    return {"a": a, "b": b}, labels
-
-
-def _as_stored(
-    own: dict[str, jax.Array],
-    alike: frozenset[str],
-    method: Method,
-    site: Site,
-    axes: tuple[Axis, ...],
-    stack: tuple[Axis, ...],
-) -> tuple[dict[str, jax.Array], dict[str, Any]]:
-    lead = {name: () if name in alike else stack for name in own}
-    labels = {name: (*lead[name], *(None for _ in range(jnp.ndim(own[name]) - len(lead[name])))) for name in own}
-    return dict(own), labels
 
 
 def replaced_leaves(wrapped: PeftParams) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from ._codes import recomputed
+from ._factors import BY_LAYER, factored
 from ._jaxpr import (
     Equation,
     Jaxpr,
@@ -110,8 +111,9 @@ def _liveness(jaxpr: Jaxpr, needed: Sequence[bool]) -> tuple[list[bool], dict[An
 
 
 def _apply(context: Context, equation: Equation, inputs: list[Any], wanted: list[bool]) -> list[Any]:
-    rule = context.rules.get(equation.primitive.name)
-    reason = "no rule"
+    name = equation.primitive.name
+    rule, reason = context.rules.get(name), "no rule"
+    inputs = inputs if name in BY_LAYER else [factored(value) for value in inputs]
     if rule is not None:
         try:
             with scope_of(equation):
@@ -134,6 +136,6 @@ def plain(context: Context, equation: Equation | None, value: Any, reason: str) 
     how = REPLACED if copied else f"merged: {primitive_name(equation)} ({reason})"
     context.use(value, how, equation)
     try:
-        return materialize(value)
+        return materialize(factored(value))
     except ValueError as error:  # of a method that has no merged weight
         raise ValueError(f"{error} ({how})") from error

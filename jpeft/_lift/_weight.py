@@ -60,6 +60,7 @@ class Term:
 
     arrays: for a low-rank method `a` (*stack, rank, *input) and `b` (*stack, rank, *output), else the method's own
     arrays (*stack, ...); with dropout also `key`. labels: for each array a label an axis; `None` is private to it.
+    stored: whether a low-rank method's arrays are still its own, of which the factors are to be made.
     """
 
     arrays: dict[str, jax.Array]
@@ -68,6 +69,7 @@ class Term:
     config: Any = dataclasses.field(metadata={"static": True})
     adapter: str = dataclasses.field(metadata={"static": True})
     sites: tuple[Site, ...] = dataclasses.field(metadata={"static": True})
+    stored: bool = dataclasses.field(default=False, metadata={"static": True})
 
     @property
     def low_rank(self) -> bool:
