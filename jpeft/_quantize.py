@@ -11,7 +11,7 @@ from jax.core import Tracer
 from jax.sharding import NamedSharding, PartitionSpec
 
 from ._contract import INPUT, LINEAR, OUTPUT, STACK, VOCABULARY, WINDOW, is_quantised
-from ._formats import FORMATS, Format, Plan, divisors, double_plan, encoded, plan_of
+from ._formats import FORMATS, Format, Plan, divisors, double_plan, encoded, imported_qwix, plan_of
 from ._params import is_peft_params
 from ._paths import WEIGHT_NAMES, last_name, leaves_by_path, map_leaves, parent
 from ._patterns import matches
@@ -70,6 +70,7 @@ def quantize(
     if format not in FORMATS:
         raise ValueError(f"format is {format!r}; expected one of: {', '.join(FORMATS)}")
     _check_block(block)
+    imported_qwix()
     leaves = leaves_by_path(params)
     selected = _selected(leaves, include, exclude, layouts)
     own = FORMATS[format]
@@ -86,6 +87,8 @@ def dequantize(tree: Any) -> Any:
     >>> dequantize(jpeft.quantize(params, "nf4"))["dense"]["kernel"].shape
     (128, 8)
     """
+    if is_peft_params(tree):
+        return dataclasses.replace(tree, base=dequantize(tree.base))
     return map_leaves(lambda path, leaf: _dequantised(leaf), tree)
 
 
@@ -149,8 +152,8 @@ def _is_linear(path: str, candidate: Candidate) -> bool:
 
 def _routers(found: Mapping[str, Candidate]) -> set[str]:
     """The layers beside stacked experts that choose among them."""
-    stacks = {parent(path): found[path] for path in found if last_name(parent(path)) == EXPERTS}
-    counts = {parent(path): candidate.shape[0] for path, candidate in stacks.items()}
+    stacks = [candidate for candidate in found.values() if EXPERTS in parent(candidate.leaf).split(".")]
+    counts = {candidate.leaf.partition(f".{EXPERTS}.")[0]: candidate.shape[0] for candidate in stacks}
     return {path for path in found if found[path].shape[-1] == counts.get(parent(path))}
 
 

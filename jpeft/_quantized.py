@@ -131,10 +131,20 @@ def _values(array: Any, table: tuple[float, ...] | None, dtype: Any) -> jax.Arra
 
 
 def _looked_up(codes: jax.Array, table: tuple[float, ...], dtype: Any) -> jax.Array:
-    if len(table) != 16:
-        return jnp.take(jnp.asarray(table, dtype), codes.astype(jnp.int32), mode="clip")
-    # Choices by the bits of the code: as fast as a lookup on CPU, and vector units of accelerators do it in place.
+    """The entries of a table at codes; on TPUs, whose gathers are slow, of a small table by choices."""
     codes = codes.astype(jnp.int32)
+    taken = functools.partial(_gathered, table=table, dtype=dtype)
+    if len(table) != 16:
+        return taken(codes)
+    return lax.platform_dependent(codes, tpu=functools.partial(_chosen, table=table, dtype=dtype), default=taken)
+
+
+def _gathered(codes: jax.Array, table: tuple[float, ...], dtype: Any) -> jax.Array:
+    return jnp.take(jnp.asarray(table, dtype), codes, mode="clip")
+
+
+def _chosen(codes: jax.Array, table: tuple[float, ...], dtype: Any) -> jax.Array:
+    """Bit by bit: half of the values are left after each."""
     values: list[Any] = [jnp.asarray(value, dtype) for value in table]
     for bit in range(4):
         odd = (codes & (1 << bit)) != 0
