@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from ._arrays import shared_names
+from ._arrays import shared_names, single_sites
 from ._contract import INPUT, OUTPUT, VOCABULARY, Site, is_quantised, method_of
 from ._mixed import MixedConfig
 from ._params import Adapter, Sites
@@ -35,14 +35,17 @@ def axes_of_weights(adapter: Adapter) -> dict[str, dict[str, str]]:
     {'query': {'lora_A': '.i', 'lora_B': 'o.'}}
     """
     wide, tall = (_grown(adapter, letters).weights for letters in (_INPUTS, _OUTPUTS))
-    sites = adapter.sites
-    return {
-        path: {
-            name: _letters(array, wide[path].get(name), tall[path].get(name), [sites[path]], len(sites[path].stack))
-            for name, array in arrays.items()
+    found: dict[str, dict[str, str]] = {}
+    for path, arrays in adapter.weights.items():
+        site = adapter.sites[path]
+        stacked = len(site.stack)
+        before = stacked if _together(adapter) else 0
+        pairs = {
+            name: (_of_module(wide[path].get(name), before), _of_module(tall[path].get(name), before))
+            for name in arrays
         }
-        for path, arrays in adapter.weights.items()
-    }
+        found[path] = {name: _letters(array.shape[stacked:], *pairs[name], [site]) for name, array in arrays.items()}
+    return found
 
 
 def axes_of_shared(adapter: Adapter) -> dict[str, str]:
@@ -52,7 +55,8 @@ def axes_of_shared(adapter: Adapter) -> dict[str, str]:
     wide, tall = (_grown(adapter, letters).shared for letters in (_INPUTS, _OUTPUTS))
     users = users_of_shared(adapter)
     return {
-        name: _letters(array, wide.get(name), tall.get(name), users[name], 0) for name, array in adapter.shared.items()
+        name: _letters(array.shape, _of_module(wide.get(name), 0), _of_module(tall.get(name), 0), users[name])
+        for name, array in adapter.shared.items()
     }
 
 
@@ -66,12 +70,25 @@ def users_of_shared(adapter: Adapter) -> dict[str, list[Site]]:
 
 
 def _grown(adapter: Adapter, letters: str) -> Adapter:
-    """The shapes of the adapter for modules of which the axes of these letters are together twice as large."""
-    sites = Sites({path: _doubled(site, letters) for path, site in adapter.sites.items()})
-    config = adapter.config.row if isinstance(adapter.config, MixedConfig) else adapter.config
+    """The shapes of the adapter for modules of which the axes of these letters are together twice as large.
+
+    One module stands for all that a site stacks, unless the method begins with all modules at once.
+    """
+    one_by_one = not _together(adapter)
+    singles = {path: single_sites(site)[0] if one_by_one else site for path, site in adapter.sites.items()}
+    sites = Sites({path: _doubled(site, letters) for path, site in singles.items()})
+    config = _config(adapter)
     reads_bias = method_of(config).reads_bias
     leaves = {path: (_weight(site), _bias(site)) if reads_bias else _weight(site) for path, site in sites.items()}
     return abstract_adapter(jax.random.key(0), leaves, sites, config, jnp.float32)
+
+
+def _config(adapter: Adapter) -> Any:
+    return adapter.config.row if isinstance(adapter.config, MixedConfig) else adapter.config
+
+
+def _together(adapter: Adapter) -> bool:
+    return method_of(_config(adapter)).together is not None
 
 
 def _doubled(site: Site, letters: str) -> Site:
@@ -90,13 +107,18 @@ def _bias(site: Site) -> jax.ShapeDtypeStruct | None:
     return None if site.bias is None else jax.ShapeDtypeStruct(bias_sizes(site), _weight(site).dtype)
 
 
-def _letters(array: Any, wide: Any, tall: Any, users: Sequence[Site], stacked: int) -> str:
-    """wide, tall: the array with twice the inputs, the outputs. stacked: how many of their axes stack modules."""
-    if wide is None or tall is None or wide.ndim != tall.ndim or wide.ndim > len(array.shape):
-        return OTHER * (len(array.shape) - stacked)
-    sizes = array.shape[len(array.shape) - wide.ndim :]
-    axes = list(zip(sizes, wide.shape, tall.shape, strict=True))
-    return "".join(_letter(*axis, users) for axis in axes[stacked:])
+def _of_module(array: Any, stacked: int) -> tuple[int, ...] | None:
+    return None if array is None else tuple(array.shape[stacked:])
+
+
+def _letters(
+    sizes: Sequence[int], wide: Sequence[int] | None, tall: Sequence[int] | None, users: Sequence[Site]
+) -> str:
+    """sizes: of an array's axes. wide, tall: of its last ones with twice the inputs, with twice the outputs."""
+    if wide is None or tall is None or len(wide) != len(tall) or len(wide) > len(sizes):
+        return OTHER * len(sizes)
+    own = sizes[len(sizes) - len(wide) :]
+    return "".join(_letter(*axis, users) for axis in zip(own, wide, tall, strict=True))
 
 
 def _letter(size: int, with_inputs: int, with_outputs: int, users: Sequence[Site]) -> str:
