@@ -10,6 +10,9 @@ CACHE := JAX_COMPILATION_CACHE_DIR=$(CURDIR)/.cache/jax JAX_PERSISTENT_CACHE_MIN
 	JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES=-1
 QUICK := JAX_DISABLE_MOST_OPTIMIZATIONS=1 $(CACHE)
 
+# The compiler for TPUs is among the tools, and without this JAX would look for a TPU first.
+export JAX_PLATFORMS ?= cpu
+
 .PHONY: quickstart quicktour test lint clean
 
 .venv/installed: pyproject.toml
