@@ -4,6 +4,7 @@ The forward pass is walked, so its products stay low-rank. The user's rule is ke
 derivative by the whole weight, which is then carried on to the adapter's arrays through the merged weight.
 """
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -36,7 +37,8 @@ def custom_jvp_call(context: Context, equation: Equation, inputs: list[Any], nee
         zero = [not is_floating(jax.typeof(_base(p))) for p in primals]
         derivative, zeros_out = rule(zero)
         given = [t for t, z in zip(dense, zero, strict=True) if not z]
-        outputs = _arrays(context, equation, walk(context, derivative, [*primals, *given]))
+        linear = dataclasses.replace(context, named=False)
+        outputs = _arrays(context, equation, walk(linear, derivative, [*primals, *given]))
         values, changes = outputs[: len(zeros_out)], iter(outputs[len(zeros_out) :])
         return values, [_zero_tangent(v) if z else next(changes) for v, z in zip(values, zeros_out, strict=True)]
 

@@ -17,6 +17,7 @@ from jax import lax
 
 from .._config import FrozenMapping
 from .._contract import EMBEDDING, INPUT, OUTPUT, STACK, Base, project
+from .._remat import named_hidden, named_output
 from . import _labels as lab
 from ._codes import as_array, densified, recomputed
 from ._dropout import dropped, use_key
@@ -78,11 +79,12 @@ def dot_general(context: Context, equation: Equation, inputs: list[Any], needed:
             context.use(weight, LOW_RANK, equation, only=term)
             change = functools.partial(_low_rank, context, equation, product, base.dtype, backwards)
             base = base + unsharded(change, base)(x, term)
-        return [base]
+        return [named_output(base) if context.named else base]
     whole = unsharded(functools.partial(_general, context, equation, product, backwards), base)
     y = recomputed(lambda x, weight: whole(x, densified(weight)), x, weight)
     context.use(weight, TRANSFORMED, equation)
-    return [y.astype(base.dtype)]
+    y = y.astype(base.dtype)
+    return [named_output(y) if context.named else y]
 
 
 def _base_product(equation: Equation, weight_left: bool, x: jax.Array, base: Any) -> jax.Array:
@@ -181,11 +183,12 @@ def _low_rank(
     factors = [term.arrays[name].astype(x.dtype) for name in (first, second)]
     labels = (term.labels[first], term.labels[second])
     flat = _is_plain(product, *labels) and on_one_cpu(x, *factors)
-    return _two_products(x, *factors, product, labels, flat, equation.params["precision"], dtype)
+    named, precision = context.named, equation.params["precision"]
+    return _two_products(x, *factors, product, labels, flat, named, precision, dtype)
 
 
 # Under jit for the sake of tracing: what JAX does to differentiate it, it does once for all layers of one form.
-@functools.partial(jax.jit, static_argnums=(3, 4, 5, 6, 7), inline=True)
+@functools.partial(jax.jit, static_argnums=(3, 4, 5, 6, 7, 8), inline=True)
 def _two_products(
     x: jax.Array,
     first: jax.Array,
@@ -193,6 +196,7 @@ def _two_products(
     product: Product,
     labels: tuple[tuple[lab.Label, ...], tuple[lab.Label, ...]],
     flat: bool,
+    named: bool,
     precision: Any,
     dtype: Any,
 ) -> jax.Array:
@@ -207,6 +211,7 @@ def _two_products(
         second, second_labels = lab.arrange(second, second_labels, [(RANK,), free], ranks), (RANK, free)
     summed_labels = [label for label in first_labels if label in x_labels and label not in product.batch]
     h, h_labels = lab.contract(x, x_labels, first, first_labels, summed_labels, precision=precision)
+    h = named_hidden(h) if named else h
     out, out_labels = lab.contract(h, h_labels, second, second_labels, [RANK], precision=precision, out_dtype=dtype)
     if flat:
         out, out_labels = lab.split(out, out_labels, known), tuple(label for group in out_labels for label in group)

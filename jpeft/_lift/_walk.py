@@ -33,13 +33,15 @@ class Context:
     """What every rule may need: the table of rules, the record of this trace, and where in the program it is.
 
     calls: the equations whose bodies are being walked, outermost first. spread: mesh axes along which arrays may
-    differ from device to device where JAX does not keep track of it.
+    differ from device to device where JAX does not keep track of it. named: whether products get their names for
+    `jax.checkpoint`; those of tangents cannot, as JAX does not transpose names.
     """
 
     rules: dict[str, Rule]
     record: Record
     calls: tuple[int, ...] = ()
     spread: tuple[str, ...] = ()
+    named: bool = True
 
     def inside(self, equation: Equation) -> "Context":
         return dataclasses.replace(self, calls=(*self.calls, id(equation)))

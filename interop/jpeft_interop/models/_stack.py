@@ -11,20 +11,25 @@ from typing import Any
 import jax
 from flax import nnx
 
+from jpeft import save_adapted_products
 from jpeft._stacks import stacked_numbers
 
 from ._family import Options
 from ._spread import spread
 
-REMAT_POLICIES = (
-    "nothing_saveable",
+_OF_JAX = (
     "dots_saveable",
     "dots_with_no_batch_dims_saveable",
     "checkpoint_dots",
     "checkpoint_dots_with_no_batch_dims",
     "everything_saveable",
 )
-"""Policies of `jax.checkpoint_policies` that need no arguments, from the least memory to the most."""
+REMAT_POLICIES = {
+    "nothing_saveable": jax.checkpoint_policies.nothing_saveable,
+    "save_adapted_products": save_adapted_products,
+    **{name: getattr(jax.checkpoint_policies, name) for name in _OF_JAX},
+}
+"""Policies of `jax.checkpoint` that need no arguments, from the least memory to the most."""
 
 Layer = Callable[[nnx.Module, Any, Any], tuple[Any, Any]]
 """`(module, x, memory) -> (x, memory)`."""
@@ -117,7 +122,7 @@ def _run_group(
 
         if options.remat is not None:
             # Within a scan nothing can be merged across the boundary, and the barriers would only cost time.
-            call = jax.checkpoint(call, policy=getattr(jax.checkpoint_policies, options.remat), prevent_cse=not scanned)
+            call = jax.checkpoint(call, policy=REMAT_POLICIES[options.remat], prevent_cse=not scanned)
         return call(state, x, memory)
 
     def all_of(x: Any, given: Any) -> tuple[Any, Any]:

@@ -110,7 +110,8 @@ class AutoModel:
         `dtype`: of the computation; None follows the embedding's. `param_dtype`: of the parameters; None keeps them
         as stored. `scan_layers`: uniform layers become one module with stacked parameters, e.g.
         `model.layers.0:32.self_attn.q_proj.kernel`, so that compiling takes as long for 80 layers as for one. `remat`:
-        what a layer saves for its backward pass, by the name of a `jax.checkpoint_policies`, e.g. "nothing_saveable";
+        what a layer saves for its backward pass: "nothing_saveable", the least; "save_adapted_products" of jpeft, with
+        which adapted products are not made again; or another of `jax.checkpoint_policies` that takes no arguments;
         None saves everything. `num_labels`: size of the classification head. `mesh`: spread the parameters over its
         devices, each of its axes an `AxisType.Auto` as that of your data has to be; each process reads only the parts
         that its devices hold. `sharding_rules`: how, as `(regular expression

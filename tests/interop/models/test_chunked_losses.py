@@ -45,7 +45,7 @@ def test_chunks_give_the_loss_and_the_gradient_of_transformers(case, tmp_path):
 
 def test_an_adapted_model_with_an_adapted_head_learns_the_same_from_chunks():
     sizes = {"model_type": "llama", **SIZES, "num_hidden_layers": 2}
-    model = models.FlaxAutoModelForCausalLM.from_config(sizes, scan_layers=True, remat="nothing_saveable")
+    model = models.FlaxAutoModelForCausalLM.from_config(sizes, scan_layers=True, remat="save_adapted_products")
     config = jpeft.LoraConfig(r=2, target_modules=["q_proj", "down_proj", "lm_head"], init_lora_weights=False)
     wrapped, apply = jpeft.wrap(model.params, config, rng=jax.random.key(0)), jpeft.lift(model.apply)
 
