@@ -8,8 +8,11 @@ from flax import nnx
 from jax.sharding import Mesh, PartitionSpec as P
 
 import jpeft
+from jpeft_interop.models._bitsandbytes import gathered
 from jpeft_interop.models._layers import Conv1D, Linear
 from jpeft_interop.models._parameters import Piece, normal, parameter, whole
+from jpeft_interop.models._quantised_tensor import Codes
+from jpeft_interop.models._tensors import Tensor, catalogue
 from tests.interop.models.bitsandbytes_oracle import (
     INT8,
     NF4,
@@ -252,3 +255,22 @@ def test_rows_that_do_not_lie_along_one_axis(tmp_path, module):
     want = np.stack([first.T, second]) if module is Crossed else np.stack([first.T, second.T], 1).reshape(128, 64)
     with pytest.warns(UserWarning, match=r"a\.experts \(the rows of its tensors do not lie along one axis\)"):
         np.testing.assert_array_equal(read(tmp_path, leaves)["a.experts"], want)
+
+
+@pytest.mark.parametrize("kind", ["nf4", "int8"])
+def test_a_part_of_the_codes_is_read_without_the_rest(tmp_path, kind, monkeypatch):
+    parts, _ = quantised(random_weight(16, 256, 5), kind)
+    store(tmp_path, {"a": parts})
+    weight = gathered(catalogue([tmp_path / "model.safetensors"]), {}, SETTINGS.get(kind, NF4))["a.weight"]
+    found, original = [], Tensor.read
+    monkeypatch.setattr(Tensor, "read", lambda *args: (found.append(block := original(*args)), block)[1])
+    whole = Codes(weight).read((slice(0, 16), slice(0, 256)))
+    everything = found.pop().nbytes
+    assert everything == 16 * 256 // (1 if kind == "int8" else 2)
+    for rows, columns in [
+        (slice(4, 8), slice(0, 256)),
+        (slice(0, 16), slice(64, 128)),
+        (slice(2, 10), slice(128, 256)),
+    ]:
+        np.testing.assert_array_equal(Codes(weight).read((rows, columns)), whole[rows, columns])
+        assert found.pop().nbytes == everything // 4

@@ -182,3 +182,10 @@ def test_a_config_without_the_name_of_the_method():
     settings = {"load_in_8bit": True, "llm_int8_threshold": 6.0, "llm_int8_skip_modules": None, "new": None}
     assert without_quantization({"a": 1, "quantization_config": settings}) == ({"a": 1}, settings)
     assert without_quantization({"a": 1}) == ({"a": 1}, None)
+
+
+def test_what_is_quantised_already_is_not_quantised_again(tmp_path):
+    config = {"model_type": "llama", "quantization_config": {"quant_method": "bitsandbytes", **INT8}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="is quantised already, as its quantization_config says; expected"):
+        FlaxAutoModelForCausalLM.from_pretrained(tmp_path, quantize="nf4")
