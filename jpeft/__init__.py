@@ -48,8 +48,8 @@ from ._population import (
 )
 from ._quantize import dequantize as dequantize, quantize as quantize
 from ._quantized import Quantized as Quantized
-from ._shardings import shardings as shardings
 from ._remat import save_adapted_products as save_adapted_products
+from ._shardings import shardings as shardings
 from ._task_vectors import (
     calculate_majority_sign_mask as calculate_majority_sign_mask,
     dare_linear as dare_linear,
