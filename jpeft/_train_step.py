@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -14,13 +15,13 @@ from ._lift import lift
 from ._micro_batches import Gradient, averaged
 from ._params import PeftParams, Rng
 from ._quantized import Quantized, is_quantized
-from ._train import combine, partition
+from ._train import combine, partition, trainable_mask
 from ._train_state import TrainState, mesh_sharding, strong
 
 Metrics = dict[str, jax.Array]
 Apply = Callable[..., Any]
 Loss = Callable[[Apply, PeftParams, Any], Any]
-Halves = tuple[PeftParams, PeftParams, Any, jax.Array, Rng | None, Any]
+Arguments = tuple[list[Any], list[Any], Any, jax.Array, Rng | None, Any]
 
 RESERVED = ("loss", "grad_norm")
 
@@ -29,26 +30,47 @@ RESERVED = ("loss", "grad_norm")
 class TrainStep:
     """A compiled step: `state, metrics = step(state, batch)`. `lower` takes the same, or shapes in place of arrays."""
 
-    compiled: Callable[[Any], Any]
+    compiled: Callable[..., Any]
 
     def __call__(self, state: TrainState, batch: Any) -> tuple[TrainState, Metrics]:
-        function, halves = self._prepared(state, batch)
-        (trainable, opt_state, step), metrics = function(*halves)
-        return TrainState(combine(trainable, halves[1]), opt_state, step, state.rng), metrics
+        function, arguments, join = self._prepared(state, batch)
+        (trained, opt_state, step), metrics = function(*arguments)
+        return TrainState(join(trained), opt_state, step, state.rng), metrics
 
     def lower(self, state: TrainState, batch: Any) -> Any:
         """As `jax.jit(...).lower`: for `.compile()`, and with it for memory, FLOPs and the program's text."""
-        function, halves = self._prepared(state, batch)
-        return function.lower(*halves)
+        function, arguments, _ = self._prepared(state, batch)
+        return function.lower(*arguments)
 
-    def _prepared(self, state: TrainState, batch: Any) -> tuple[Any, Halves]:
+    def _prepared(self, state: TrainState, batch: Any) -> tuple[Any, Arguments, Callable[[list[Any]], PeftParams]]:
+        # Leaves alone pass into the program: to take trees of thousands apart in every step would take milliseconds.
         if not isinstance(state, TrainState):
             raise TypeError(f"state is a {type(state).__name__}; expected the TrainState of jpeft.train_state")
-        trainable, frozen = partition(state.params)
-        leaves, structure = jax.tree.flatten((trainable, state.opt_state, state.step))
-        shardings = tuple(map(mesh_sharding, leaves))
-        function = self.compiled((structure, shardings) if any(shardings) else None)
-        return function, (trainable, frozen, state.opt_state, state.step, state.rng, batch)
+        leaves, structure = jax.tree.flatten(state.params)
+        trains = _trains(structure)
+        trained, frozen = _halves(leaves, trains)
+        given, of_optimizer = jax.tree.flatten(state.opt_state)
+        shardings = tuple(map(mesh_sharding, (*trained, *given, state.step)))
+        function = self.compiled(structure, (of_optimizer, shardings) if any(shardings) else None)
+        arguments = (trained, frozen, state.opt_state, state.step, state.rng, batch)
+        return function, arguments, lambda new: structure.unflatten(_whole(new, frozen, trains))
+
+
+@functools.lru_cache(maxsize=64)
+def _trains(structure: Any) -> tuple[bool, ...]:
+    """Which leaves of parameters of a structure train; raises as `jpeft.partition`."""
+    numbered = structure.unflatten(range(structure.num_leaves))
+    partition(numbered)
+    return tuple(jax.tree.leaves(trainable_mask(numbered)))
+
+
+def _halves(leaves: list[Any], trains: tuple[bool, ...]) -> tuple[list[Any], list[Any]]:
+    return list(itertools.compress(leaves, trains)), [leaf for leaf, own in zip(leaves, trains, strict=True) if not own]
+
+
+def _whole(trained: list[Any], frozen: list[Any], trains: tuple[bool, ...]) -> list[Any]:
+    first, second = iter(trained), iter(frozen)
+    return [next(first) if own else next(second) for own in trains]
 
 
 def make_train_step(
@@ -121,8 +143,15 @@ def make_train_step(
         return Gradient(value, metrics, grads)
 
     def step(
-        trainable: PeftParams, frozen: PeftParams, opt_state: Any, step: jax.Array, rng: Rng | None, batch: Any
-    ) -> tuple[tuple[PeftParams, Any, jax.Array], Metrics]:
+        structure: Any,
+        trained: list[Any],
+        fixed: list[Any],
+        opt_state: Any,
+        step: jax.Array,
+        rng: Rng | None,
+        batch: Any,
+    ) -> tuple[tuple[list[Any], Any, jax.Array], Metrics]:
+        trainable, frozen = partition(structure.unflatten(_whole(trained, fixed, _trains(structure))))
         key = None if rng is None else jax.random.fold_in(rng.key(), step)
         computed = dataclasses.replace(frozen, base=jax.tree.map(cast, frozen.base, is_leaf=is_quantized))
         of_batch = functools.partial(gradient, trainable, computed)
@@ -133,17 +162,24 @@ def make_train_step(
         with jax.numpy_dtype_promotion("standard"):
             changed, new = _updated(update, grads, opt_state, trainable, found.loss)
         new = jax.tree.map(lambda fresh, old: strong(fresh).astype(old.dtype), new, opt_state)
-        return (changed, new, step + 1), {**found.metrics, "loss": found.loss, "grad_norm": norm}
+        metrics = {**found.metrics, "loss": found.loss, "grad_norm": norm}
+        return (jax.tree.leaves(changed), new, step + 1), metrics
 
     donated = (0, 2, 3) if donate else ()
 
     @functools.lru_cache(maxsize=16)
-    def compiled(placed: Any) -> Any:
+    def compiled(structure: Any, placed: Any) -> Any:
         # Said to the compiler, or a step could come out elsewhere than it went in, and the next one compile again.
-        shardings = None if placed is None else (jax.tree.unflatten(*placed), None)
-        return jax.jit(step, donate_argnums=donated, out_shardings=shardings)
+        shardings = None if placed is None else (_results(*placed), None)
+        return jax.jit(functools.partial(step, structure), donate_argnums=donated, out_shardings=shardings)
 
     return TrainStep(compiled)
+
+
+def _results(of_optimizer: Any, shardings: tuple[Any, ...]) -> tuple[list[Any], Any, Any]:
+    """The shardings of what trains, of the optimizer's state and of the step's number, which come in this order."""
+    first = len(shardings) - of_optimizer.num_leaves - 1
+    return list(shardings[:first]), of_optimizer.unflatten(shardings[first:-1]), shardings[-1]
 
 
 def _updated(update: Any, grads: Any, opt_state: Any, trainable: Any, loss: jax.Array) -> tuple[Any, Any]:
