@@ -69,7 +69,7 @@ def encoded(array: jax.Array, plan: Plan) -> Quantized:
     scale, offset = codes.scale, None
     if plan.inner is not None:
         if plan.offset is not None:
-            offset = _over_blocks(jnp.mean, scale, plan.offset)
+            offset = over_blocks(jnp.mean, scale, plan.offset)
             scale = by_blocks(jnp.subtract, scale, offset)
         scale = _codes(scale, jnp.int8, plan.scale_table, plan.inner)
     return Quantized(dataclasses.replace(codes, scale=scale), plan.dtype, offset, plan.table, plan.scale_table)
@@ -83,9 +83,10 @@ def _codes(values: jax.Array, qtype: Any, table: tuple[float, ...] | None, count
         array = qwix.quantize(values, qtype, tiled_axes=tiles, scale_dtype=F32)
         return dataclasses.replace(array, qtype=array.qvalue.dtype)
     # Not by qwix, which makes one long array of it, whatever its sharding.
-    largest = _over_blocks(lambda blocks, axis: jnp.abs(blocks).max(axis), values, counts)
+    largest = over_blocks(lambda blocks, axis: jnp.abs(blocks).max(axis), values, counts)
     scale = jnp.where(largest > 0, largest, 1) / max(map(abs, table))
-    return qwix.QArray(_nearest(by_blocks(jnp.divide, values, scale), table), scale, None, qtype)
+    codes = _nearest(by_blocks(jnp.divide, values, scale), table)
+    return qwix.QArray(codes, scale, None, codes.dtype if qtype is None else qtype)
 
 
 def _nearest(values: jax.Array, table: tuple[float, ...]) -> jax.Array:
@@ -93,8 +94,9 @@ def _nearest(values: jax.Array, table: tuple[float, ...]) -> jax.Array:
     order = np.argsort(np.asarray(table), kind="stable")
     rising = np.asarray(table)[order]
     middles = ((rising[1:] + rising[:-1]) / 2).astype(np.float32)
-    dtype = jnp.uint4 if len(table) == 16 else jnp.uint8
-    if len(table) == 16:
+    small = len(table) <= 16
+    dtype = jnp.uint4 if small else jnp.uint8
+    if small:
         places = sum((values > middle).astype(jnp.int32) for middle in middles)
     else:
         places = jnp.searchsorted(jnp.asarray(middles), values)
@@ -103,7 +105,7 @@ def _nearest(values: jax.Array, table: tuple[float, ...]) -> jax.Array:
     return jnp.asarray(order, jnp.int32)[places].astype(dtype)
 
 
-def _over_blocks(function: Any, array: jax.Array, counts: Sequence[int]) -> jax.Array:
+def over_blocks(function: Any, array: jax.Array, counts: Sequence[int]) -> jax.Array:
     """`function(blocks, axis=...)` of each block: an array of shape `counts`."""
     split = [part for size, count in zip(array.shape, counts, strict=True) for part in (count, size // count)]
     return function(array.reshape(split), axis=tuple(range(1, len(split), 2)))

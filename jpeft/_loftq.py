@@ -13,10 +13,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ._contract import Site
+from ._contract import INPUT, OUTPUT, Site
+from ._formats import Plan, encoded, imported_qwix, over_blocks
 from ._initial import adapter_to_initialise, linear_sites, over_stack, rank_and_scaling, weights_of, with_factors
 from ._params import PeftParams
-from ._paths import leaf_path
+from ._paths import map_leaves
+from ._quantized import Quantized, by_blocks
 from ._sites import restored
 
 BLOCK = 64
@@ -25,13 +27,17 @@ BLOCK = 64
 OUTERMOST = 0.9677083
 
 
-def initialize_lora_loftq_weights(wrapped: PeftParams, *, adapter_name: str = "default") -> PeftParams:
+def initialize_lora_loftq_weights(
+    wrapped: PeftParams, *, adapter_name: str = "default", base: str = "dense"
+) -> PeftParams:
     """Parameters whose adapted weights are quantised, with an adapter that starts from what quantising lost.
 
     wrapped: with an adapter of init_lora_weights="loftq", whose loftq_config says how many bits and rounds. The tree
     that was wrapped is left alone; the result has another base, whose adapted weights hold the quantised numbers in
     the leaves' own dtypes, and a plain LoRA adapter of it: keep that base along with the adapter (`unwrap`).
-    Raises ValueError for an adapter of another initialisation, and ranks above a layer's sizes.
+    base: "dense" for these leaves, or "quantized" for the same numbers as codes and scales (`jpeft.Quantized`).
+    Raises ValueError for an adapter of another initialisation, ranks above a layer's sizes, another word for `base`,
+    and for "quantized" where blocks of 64 of the (out, in) matrix are no blocks of the leaf.
 
     >>> import jpeft
     >>> params = {"dense": {"kernel": jax.random.normal(jax.random.key(0), (8, 8))}}
@@ -42,6 +48,8 @@ def initialize_lora_loftq_weights(wrapped: PeftParams, *, adapter_name: str = "d
     """
     adapter = adapter_to_initialise(wrapped, adapter_name, "loftq")
     config: Any = adapter.config
+    if base not in _FORMS:
+        raise ValueError(f"base is {base!r}; expected one of: {', '.join(_FORMS)}")
     sites, factors, leaves = linear_sites(adapter), {}, {}
     for path, weight in weights_of(wrapped, sites).items():
         site = sites[path]
@@ -54,15 +62,45 @@ def initialize_lora_loftq_weights(wrapped: PeftParams, *, adapter_name: str = "d
         settings = config.loftq_config
         one = functools.partial(_alternated, settings.loftq_bits, settings.loftq_iter, rank, scaling)
         quantised, *factors[path] = over_stack(one, site)(weight)
-        leaves[site.leaf] = _as_leaf(quantised, site)
-    base = jax.tree_util.tree_map_with_path(lambda key, leaf: leaves.get(leaf_path(key), leaf), wrapped.base)
+        leaves[site.leaf] = _FORMS[base](quantised, site, settings.loftq_bits)
+    new_base = map_leaves(lambda path, leaf: leaves.get(path, leaf), wrapped.base)
     plain = dataclasses.replace(adapter, config=dataclasses.replace(config, init_lora_weights=True, loftq_config={}))
-    wrapped = dataclasses.replace(wrapped, base=base, adapters={**wrapped.adapters, adapter_name: plain})
+    wrapped = dataclasses.replace(wrapped, base=new_base, adapters={**wrapped.adapters, adapter_name: plain})
     return with_factors(wrapped, adapter_name, factors, initial=False)
 
 
-def _as_leaf(weight: jax.Array, site: Site) -> jax.Array:
+def _as_dense(weight: jax.Array, site: Site, bits: int) -> jax.Array:
     return restored(weight, site.layout, site.shape).astype(site.dtype)
+
+
+def _as_quantized(weight: jax.Array, site: Site, bits: int) -> Quantized:
+    """The same numbers as codes: the largest of a block is one of them, so that its scale is found again."""
+    leaf, counts = restored(weight, site.layout, site.shape), _counts(site, bits)
+    if bits < 8:
+        table = tuple(normal_floats(bits).tolist())
+        return encoded(leaf, Plan("nf4" if bits == 4 else None, jnp.dtype(site.dtype), counts, table=table))
+    steps = over_blocks(lambda blocks, axis: jnp.abs(blocks).max(axis), leaf, counts)
+    steps = jnp.where(steps > 0, steps, 1) / 127
+    codes = jnp.round(by_blocks(jnp.divide, leaf, steps)).astype(jnp.int8)
+    return Quantized(imported_qwix().QArray(codes, steps, None, codes.dtype), jnp.dtype(site.dtype))
+
+
+def _counts(site: Site, bits: int) -> tuple[int, ...]:
+    """How many scales there are along each axis of the leaf."""
+    inputs, outputs = (site.layout.count(letter) for letter in (INPUT, OUTPUT))
+    rows = 1 if bits == 8 or site.in_features % BLOCK == 0 else BLOCK // site.in_features
+    tiles = {INPUT: site.in_features if bits == 8 else min(BLOCK, site.in_features), OUTPUT: rows}
+    whole = bits == 8 or BLOCK % tiles[INPUT] == 0
+    if (inputs, outputs) != (1, 1) or not whole or not rows or site.out_features % rows:
+        raise ValueError(
+            f"base='quantized' at {site.path!r}: blocks of {BLOCK} of its matrix (out, in) = ({site.out_features}, "
+            f"{site.in_features}), row after row, are no blocks of {site.leaf!r}, whose layout is {site.layout!r}; "
+            f"expected one input axis, of a multiple or a divisor of {BLOCK}, and one output axis, or base='dense'"
+        )
+    return tuple(size // tiles.get(letter, 1) for letter, size in zip(site.layout, site.shape, strict=True))
+
+
+_FORMS = {"dense": _as_dense, "quantized": _as_quantized}
 
 
 def _alternated(

@@ -372,3 +372,41 @@ def test_without_qwix(monkeypatch):
     monkeypatch.setitem(sys.modules, "qwix", None)
     with pytest.raises(ImportError, match=r"qwix is not installed; expected `pip install 'jpeft\[quantize\]'`"):
         jpeft.quantize(shapes(KERNEL), "nf4")
+
+
+LOFTQ = {"long rows": (128, 6), "short rows": (16, 8), "a stack": (2, 64, 6)}
+
+
+def started_by_loftq(shape, bits, **options):
+    name = "0:2" if len(shape) == 3 else "q"
+    params = {"layers": {name: {"q": {"kernel": random_like(shape, 1)}}}}
+    config = jpeft.LoraConfig(
+        r=2, target_modules=["q"], init_lora_weights="loftq", loftq_config={"loftq_bits": bits, "loftq_iter": 2}
+    )
+    return jpeft.initialize_lora_loftq_weights(jpeft.wrap(params, config), **options)
+
+
+@pytest.mark.parametrize(("shape", "bits"), [*((shape, 4) for shape in LOFTQ.values()), ((128, 6), 2), ((24, 6), 8)])
+def test_loftq_as_codes(shape, bits):
+    """The numbers and the adapter of the dense form, in as many bits as they have."""
+    dense, codes = (started_by_loftq(shape, bits, base=base) for base in ("dense", "quantized"))
+    (leaf,) = jax.tree.leaves(codes.base, is_leaf=is_quantized)
+    assert is_quantized(leaf) and leaf.array.qvalue.dtype == (jnp.int8 if bits == 8 else jnp.uint4)
+    assert int(np.unique(numbers(leaf.array.qvalue)).size) <= 2**bits
+    (got,), (want,) = (jax.tree.leaves(own.base) for own in (jpeft.dequantize(codes), dense))
+    np.testing.assert_allclose(got, want, rtol=1e-6, atol=1e-7)
+    for own, other in zip(jax.tree.leaves(codes.adapters), jax.tree.leaves(dense.adapters), strict=True):
+        np.testing.assert_array_equal(own, other)
+    x = random_like((3, shape[-2]), 4)
+    function = jpeft.lift(lambda p, x: x @ jax.tree.leaves(p)[0])
+    np.testing.assert_allclose(function(codes, x), function(dense, x), rtol=1e-5, atol=1e-5)
+
+
+def test_loftq_as_codes_is_refused():
+    with pytest.raises(ValueError, match="base is 'codes'; expected one of: dense, quantized"):
+        started_by_loftq((16, 8), 4, base="codes")
+    text = (
+        r"base='quantized' at 'layers.q.q': blocks of 64 of its matrix \(out, in\) = \(6, 100\), row after row"
+    )
+    with pytest.raises(ValueError, match=text):
+        started_by_loftq((100, 6), 4, base="quantized")
