@@ -17,12 +17,6 @@ from jpeft_interop.models._leaves import flatten
 from jpeft_interop.models._spread import spread
 from jpeft_interop.models.auto import AutoModel
 
-CASES = [
-    case
-    for file in sorted(Path(__file__).parent.glob("cases_*.py"))
-    for case in importlib.import_module(f"tests.interop.models.{file.stem}").CASES
-]
-
 BARE = ("cls_token", "mask_token", "class_embedding", "relative_attention_bias.embedding")
 """Parameters of two axes or more that every device has whole: they are small in models of any size."""
 
@@ -37,8 +31,10 @@ def mesh_of(**sizes):
 def leaves_of_all_families():
     """{(family, path): (shape, config)} of every parameter of every class of every configuration that is tested."""
     pytest.importorskip("transformers")
+    files = sorted(Path(__file__).parent.glob("cases_*.py"))
+    cases = [case for file in files for case in importlib.import_module(f"tests.interop.models.{file.stem}").CASES]
     found = {}
-    for case in CASES:
+    for case in cases:
         config = case.config().to_dict()
         for task in FAMILIES[config["model_type"]].architectures:
             model = AutoModel(task).from_config(config, abstract=True)
