@@ -6,8 +6,8 @@
     python examples/benchmarks/plans.py --table              # of the results so far
 
 Each row is one model on one TPU topology: LoRA, the same LoRA with its formula left to autodiff, full fine-tuning, and
-the frozen model. Results are kept in a file as they come, and rows that it holds are not compiled again. The rows on one
-v5p chip repeat what PEFT's README measured on one A100, with the batch of its example scripts.
+the frozen model. Results are kept in a file as they come, and rows that it holds are not compiled again. The rows on
+one v5p chip repeat what PEFT's README measured on one A100, with the batch of its example scripts.
 """
 
 import argparse
@@ -102,7 +102,7 @@ def main() -> None:
             continue
         for kind, compile_it in (("plan", compared), ("autodiff", by_autodiff)):
             if kind not in results.setdefault(row.name, {}):
-                results[row.name][kind] = compile_it(row).as_dict()
+                results[row.name][kind] = compile_it(row, args.effort).as_dict()
                 args.results.write_text(json.dumps(results, indent=1))
         print(table(results), flush=True)
     if args.table:
@@ -113,20 +113,21 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="*", choices=[row.name for row in ROWS], metavar="MODEL/TOPOLOGY")
     parser.add_argument("--table", action="store_true", help="print what the results hold, and compile nothing")
+    parser.add_argument("--effort", type=float, default=0.0, help="of the compiler: at -1 a sixth of the time")
     parser.add_argument("--results", type=pathlib.Path, default=pathlib.Path("plans.results.json"))
     return parser.parse_args()
 
 
-def compared(row: Row) -> Plan:
+def compared(row: Row, effort: float) -> Plan:
     """LoRA as jpeft computes it, full fine-tuning, and the frozen model."""
-    return _plan(row, jpeft.LoraConfig, full=True, floor=True)
+    return _plan(row, effort, jpeft.LoraConfig, full=True, floor=True)
 
 
-def by_autodiff(row: Row) -> Plan:
-    return _plan(row, AutodiffLoraConfig, full=False, floor=False)
+def by_autodiff(row: Row, effort: float) -> Plan:
+    return _plan(row, effort, AutodiffLoraConfig, full=False, floor=False)
 
 
-def _plan(row: Row, config: type[jpeft.LoraConfig], **which: bool) -> Plan:
+def _plan(row: Row, effort: float, config: type[jpeft.LoraConfig], **which: bool) -> Plan:
     return plan(
         HERE / "plans" / f"{row.model}.json",
         method=config(r=row.r, lora_alpha=2 * row.r, target_modules=row.targets),
@@ -137,6 +138,7 @@ def _plan(row: Row, config: type[jpeft.LoraConfig], **which: bool) -> Plan:
         target_seq=row.target_seq,
         param_dtype=jnp.dtype(row.param_dtype),
         search=False,
+        effort=effort,
         **which,
     )
 
@@ -173,22 +175,28 @@ HEAD = (
     "collectives",
     "compiled in",
 )
+GOALS = (
+    "model, TPU",
+    "temporaries to autodiff's",
+    "FLOP to floor and LoRA's own",
+    "PEFT on one A100: LoRA, full, GB",
+    "here: LoRA, full, GB",
+)
+WAYS = {
+    "LoRA": ("plan", "adapter"),
+    "LoRA by autodiff": ("autodiff", "adapter"),
+    "full": ("plan", "full"),
+    "frozen": ("plan", "floor"),
+}
 
 
 def table(results: Mapping[str, Any]) -> str:
     """Of one device, in GiB; then what the goals ask for."""
     lines = ["| " + " | ".join(HEAD) + " |", "|" + "---|" * len(HEAD)]
-    goals = [
-        "| model, TPU | temporaries to autodiff's | FLOP to floor and LoRA's own | PEFT on one A100, GB | here, GB |"
-    ]
-    goals.append("|" + "---|" * 5)
+    goals = ["| " + " | ".join(GOALS) + " |", "|" + "---|" * len(GOALS)]
     for row in ROWS:
         found = results.get(row.name, {})
-        steps = {
-            "LoRA": found.get("plan", {}).get("adapter"),
-            "LoRA by autodiff": found.get("autodiff", {}).get("adapter"),
-        }
-        steps |= {name: found.get("plan", {}).get(key) for name, key in (("full", "full"), ("frozen", "floor"))}
+        steps = {name: found.get(kind, {}).get(step) for name, (kind, step) in WAYS.items()}
         for name, step in steps.items():
             if step:
                 lines.append("| " + " | ".join([_described(row) if name == "LoRA" else "", name, *_cells(step)]) + " |")

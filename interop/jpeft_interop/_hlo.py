@@ -5,7 +5,8 @@ import math
 import re
 from collections.abc import Iterator
 
-from ._hlo_text import Array, Program, Run, operand, program, runs
+from ._hlo_runs import Run, operand, runs
+from ._hlo_text import Array, Program, program
 
 KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute", "collective-broadcast")
 

@@ -1,6 +1,7 @@
 """Bytes that a compiled program moves in one step: an estimate from its text."""
 
-from ._hlo_text import Array, Computation, Instruction, Program, Run, operand, program, runs
+from ._hlo_runs import Run, operand, runs
+from ._hlo_text import Array, Computation, Instruction, Program, program
 
 # What names or reshapes a buffer moves nothing.
 _FREE = {

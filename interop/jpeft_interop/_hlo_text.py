@@ -4,7 +4,6 @@ import dataclasses
 import functools
 import math
 import re
-from collections.abc import Iterator
 from typing import NamedTuple
 
 
@@ -169,84 +168,3 @@ def _bits(dtype: str) -> int:
         return _BITS[dtype]
     # "bf16", "s4", "u32", "f8e4m3fn", "c64": the first number is the width.
     return int(re.findall(r"\d+", dtype)[0])
-
-
-class Run(NamedTuple):
-    """An instruction, the computation that holds it, the one that runs it outside all fusions, and the loops' trips."""
-
-    instruction: Instruction
-    holder: Computation
-    caller: Computation
-    times: int
-    # The fusions entered on the way, the innermost last.
-    fusions: tuple[Instruction, ...]
-
-
-def operand(run: Run, index: int) -> Array:
-    """The array that an instruction is given as its operand of this number."""
-    return run.holder.by_name[run.instruction.operands[index]].result[0]
-
-
-def runs(parsed: Program) -> Iterator[Run]:
-    """Each instruction of a step as often as something calls it, with the trips of the loops around it.
-
-    A loop whose trips the program does not tell counts once. Every branch of a conditional is visited.
-    """
-    yield from _runs(parsed, parsed.computations[parsed.entry], None, 1, ())
-
-
-def _runs(
-    parsed: Program, holder: Computation, caller: Computation | None, times: int, fusions: tuple[Instruction, ...]
-) -> Iterator[Run]:
-    caller = caller or holder
-    for one in holder.instructions:
-        yield Run(one, holder, caller, times, fusions)
-        for target, trips in _calls(parsed, one):
-            inside = one.opcode == "fusion"
-            yield from _runs(
-                parsed, target, caller if inside else None, times * trips, (*fusions, one) if inside else ()
-            )
-
-
-def _calls(parsed: Program, one: Instruction) -> Iterator[tuple[Computation, int]]:
-    called = one.called
-    if one.opcode == "while":
-        trips = loop_trips(parsed, one)
-        names = [(called["body"], trips), (called["condition"], trips)]
-    elif one.opcode in ("fusion", "async-start"):
-        names = [(called.get("calls", ()), 1)]
-    elif one.opcode == "call":
-        names = [(called.get("to_apply", ()), 1)]
-    elif one.opcode == "conditional":
-        names = [(value, 1) for value in called.values()]
-    else:
-        # A reduction's or a sort's own small computation: it holds scalars.
-        names = []
-    for group, trips in names:
-        for name in group:
-            if name in parsed.computations:
-                yield parsed.computations[name], trips
-
-
-def loop_trips(parsed: Program, loop: Instruction) -> int:
-    """How often the body runs: what the compiler knows, else the bound that its condition tests, else 1."""
-    known = loop.attribute(r'"known_trip_count":\{"n":"(\d+)"')
-    if known:
-        return int(known)
-    names = loop.called.get("condition", ())
-    condition = parsed.computations.get(names[0]) if names else None
-    return (condition and _bound(parsed, condition)) or 1
-
-
-def _bound(parsed: Program, condition: Computation) -> int | None:
-    root, instructions = condition.root, condition.instructions
-    inner = parsed.computations.get(root.called["calls"][0]) if root.opcode == "fusion" else None
-    if inner:
-        root, instructions = inner.root, (*instructions, *inner.instructions)
-    direction = root.attribute(r"direction=(\w+)")
-    constants = [one.arguments for one in instructions if one.opcode == "constant"]
-    bounds = {int(value) for value in constants if value.isdigit()}
-    # JAX's loops count from 0 by 1, so the bound is the number of trips.
-    if root.opcode != "compare" or direction not in ("LT", "GT", "NE", "LE", "GE") or len(bounds) != 1:
-        return None
-    return bounds.pop() + (direction in ("LE", "GE"))

@@ -9,7 +9,8 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 
 from jpeft_interop._hlo import collectives, flops
 from jpeft_interop._hlo_bytes import bytes_moved
-from jpeft_interop._hlo_text import program, runs
+from jpeft_interop._hlo_runs import runs
+from jpeft_interop._hlo_text import program
 
 
 def text(fn, *shapes, **compiler_options):
@@ -61,6 +62,45 @@ def test_the_bound_in_a_loops_condition_serves_where_the_compiler_states_no_coun
     # A loop that only its data ends is counted once.
     endless = text(lambda x, w: jax.lax.while_loop(lambda x: x[0, 0] < 5, lambda x: x @ w, x), (4, 4), (4, 4))
     assert flops(endless) == 2 * 4 * 4 * 4
+
+
+COUNTED = """%body (p: (u32[], f32[4,4], u32[])) -> (u32[], f32[4,4], u32[]) {
+  %p = (u32[]{:T(128)}, f32[4,4]{1,0}, u32[]{:T(128)}) parameter(0)
+  %i = u32[]{:T(128)} get-tuple-element(%p), index=0
+  %x = f32[4,4]{1,0} get-tuple-element(%p), index=1
+  %by = u32[]{:T(128)} get-tuple-element(%p), index=2
+  %two = u32[]{:T(128)} constant(2)
+  %next = u32[]{:T(128)} add(%i, STEP)
+  %y = f32[4,4]{1,0} dot(%x, %x), lhs_contracting_dims={1}, rhs_contracting_dims={0}
+  ROOT %q = (u32[]{:T(128)}, f32[4,4]{1,0}, u32[]{:T(128)}) tuple(%next, %y, %by)
+}
+
+%condition (p: (u32[], f32[4,4], u32[])) -> pred[] {
+  %p = (u32[]{:T(128)}, f32[4,4]{1,0}, u32[]{:T(128)}) parameter(0)
+  %bound = u32[]{:T(128)} constant(8)
+  %i = u32[]{:T(128)} get-tuple-element(%p), index=0
+  ROOT %compare = pred[]{:T(512)} compare(%i, %bound), direction=DIRECTION
+}
+
+"""
+
+
+@pytest.mark.parametrize(
+    ("start", "step", "direction", "trips"),
+    [(0, "%two", "LT", 4), (1, "%two", "LT", 4), (2, "%two", "LT", 3), (0, "%by", "LE", 3), (8, "%by", "LT", 0)],
+)
+def test_loops_that_do_not_count_by_one_from_zero(start, step, direction, trips):
+    """As the TPU compiler writes a product with a weight whose pieces it exchanges: two pieces a trip."""
+    loop = entry(
+        f"%start = u32[]{{:T(128)}} constant({start})",
+        "%three = u32[]{:T(128)} constant(3)",
+        "%begin = u32[]{:T(128)} copy(%start)",
+        "%x = f32[4,4]{1,0} parameter(0)",
+        "%given = (u32[]{:T(128)}, f32[4,4]{1,0}, u32[]{:T(128)}) tuple(%begin, %x, %three)",
+        "ROOT %loop = (u32[]{:T(128)}, f32[4,4]{1,0}, u32[]{:T(128)}) while(%given), condition=%condition, body=%body",
+        before=COUNTED.replace("STEP", step).replace("DIRECTION", direction),
+    )
+    assert flops(loop) == trips * 2 * 4 * 4 * 4
 
 
 def test_bytes_grow_by_the_same_amount_with_each_trip():

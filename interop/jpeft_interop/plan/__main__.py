@@ -39,11 +39,13 @@ def main(arguments: list[str] | None = None) -> int:
             quantize=args.quantize,
             scan_layers=not args.no_scan_layers,
             remat=None if args.remat == "none" else args.remat,
+            loss_chunk_size=args.loss_chunk_size,
             accumulate=args.accumulate,
             full=not args.no_full,
             floor=not args.no_floor,
             search=not args.no_search,
             memory=args.memory,
+            effort=args.effort,
         )
     except (ValueError, ImportError, FileNotFoundError) as error:
         print(f"error: {error}", file=sys.stderr)
@@ -71,8 +73,10 @@ def parsed(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--param-dtype", help="of the stored parameters; --dtype if left out")
     parser.add_argument("--quantize", help="of the base: int8, int4, nf4, fp8")
     parser.add_argument("--remat", default="nothing_saveable", help="what a layer keeps for its backward pass, or none")
+    parser.add_argument("--loss-chunk-size", type=int, help="tokens whose scores are made at a time")
     parser.add_argument("--accumulate", type=int, default=1, help="micro-batches a step")
     parser.add_argument("--memory", type=float, help="GiB of one device")
+    parser.add_argument("--effort", type=float, default=0.0, help="of the compiler, from -1, the quickest, to 1")
     parser.add_argument("--no-scan-layers", action="store_true", help="layers one by one")
     parser.add_argument("--no-full", action="store_true", help="leave out full fine-tuning")
     parser.add_argument("--no-floor", action="store_true", help="leave out the frozen model")

@@ -94,7 +94,7 @@ def tpu_devices(topology: str) -> list[Any]:
     _checked_topology(topology)
     sizes = tuple(map(int, topology.partition(":")[2].split("x")))
     # A host has four chips; fewer make a host of their own.
-    bounds = {} if math.prod(sizes) % 4 == 0 else {"chips_per_host_bounds": (*sizes, 1, 1)[:3]}
+    bounds = {} if math.prod(sizes) >= 4 else {"chips_per_host_bounds": (*sizes, 1, 1)[:3]}
     try:
         found = topologies.get_topology_desc(topology, platform="tpu", **bounds)
     except jax.errors.JaxRuntimeError as error:

@@ -18,19 +18,23 @@ from ._workload import Workload
 UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
-def measured(step: Step, work: Workload, rows: int, memory: int | None, details: bool = True) -> StepPlan:
+def measured(
+    step: Step, work: Workload, rows: int, memory: int | None, effort: float = 0.0, details: bool = True
+) -> StepPlan:
     """The plan of one step with a batch of this many rows.
 
-    memory: bytes of a device. details: whether the program is read for its operations and collectives, too. A program
-    that is too large for the device is a result; other errors of the compiler are raised.
+    memory: bytes of a device. effort: of the compiler, from -1 to 1. details: whether the program is read for its
+    operations and collectives, too. A program that is too large for the device is a result; other errors of the
+    compiler are raised.
     """
     start = time.perf_counter()
-    # The engine and the models ask the mesh what they are compiled for.
-    with jax.set_mesh(work.mesh):
+    # The engine and the models ask the mesh what they are compiled for. Under strict promotion JAX cannot lower its own
+    # attention in bfloat16 for CPU.
+    with jax.set_mesh(work.mesh), jax.numpy_dtype_promotion("standard"):
         lowered = step.lower(rows)
         traced = time.perf_counter()
         try:
-            compiled = lowered.compile()
+            compiled = lowered.compile({"exec_time_optimization_effort": effort} if effort else None)
         except jax.errors.JaxRuntimeError as error:
             if not is_refusal(str(error)):
                 raise

@@ -38,12 +38,14 @@ def plan(
     quantize: str | None = None,
     scan_layers: bool = True,
     remat: str | None = "nothing_saveable",
+    loss_chunk_size: int | None = None,
     accumulate: int = 1,
     optimizer: optax.GradientTransformation | None = None,
     full: bool = True,
     floor: bool = True,
     search: bool = True,
     memory: float | None = None,
+    effort: float = 0.0,
     progress: bool = True,
 ) -> Plan:
     """Compile a training step for devices that need not be there: does it fit, what does it cost, how far can it go.
@@ -58,10 +60,11 @@ def plan(
     batch, seq, target_seq: rows of one step over all devices, tokens of a row, and of a decoder's (None: seq).
     task: of `jpeft_interop.models`; None: causal-lm, or seq2seq-lm, whichever the family has.
     dtype, param_dtype: of the computation and of the stored parameters (None: the same). quantize: of the base, as
-    `jpeft.quantize` takes it; full fine-tuning stays dense. scan_layers, remat: as for the models.
+    `jpeft.quantize` takes it; full fine-tuning stays dense. scan_layers, remat, loss_chunk_size: as for the models.
     accumulate: micro-batches a step. optimizer: None is `optax.adamw(1e-4)`, whose moments are in the dtype of what
     trains. full, floor: whether those steps are compiled, too. search: whether the largest batch that fits is searched
     for, with about four more compilations for each step. memory: GiB of a device, in the place of what is known.
+    effort: of the compiler, from -1 to 1; at -1 it is several times as quick, and its program takes some more memory.
     progress: whether a bar is shown.
 
     A step that does not fit is an answer: `fits` is False, and `refusal` has the compiler's words. Raises ValueError
@@ -73,7 +76,9 @@ def plan(
     >>> found.adapter.adapter < found.adapter.parameters, found.adapter.flops > found.floor.flops
     (True, True)
     """
-    _check_sizes(batch=batch, seq=seq, target_seq=target_seq, accumulate=accumulate)
+    if not -1 <= effort <= 1:
+        raise ValueError(f"effort is {effort!r}; expected a number from -1, the quickest compilation, to 1")
+    _check_sizes(batch=batch, seq=seq, target_seq=target_seq, accumulate=accumulate, loss_chunk_size=loss_chunk_size)
     topology = "v5e:4x4" if platform == "tpu" and topology is None else topology
     where = target(platform, topology, mesh, memory)
     param_dtype = dtype if param_dtype is None else param_dtype
@@ -87,6 +92,7 @@ def plan(
         remat=remat,
         seq=seq,
         target_seq=target_seq,
+        loss_chunk_size=loss_chunk_size,
     )
     unit = work.rows * accumulate
     if batch % unit:
@@ -101,7 +107,9 @@ def plan(
     steps |= {"floor": floor_step(work, tx, accumulate, quantize)} if floor else {}
 
     with tqdm(total=len(steps), desc="compiling", disable=not progress) as bar:
-        found = {name: _found(name, step, work, batch, unit, where, search, bar) for name, step in steps.items()}
+        found = {
+            name: _found(name, step, work, batch, unit, where, search, effort, bar) for name, step in steps.items()
+        }
     settings = {
         "model_type": work.model.blueprint.family.model_type,
         "task": work.task,
@@ -120,7 +128,9 @@ def plan(
         "quantize": quantize,
         "scan_layers": scan_layers,
         "remat": remat,
+        "loss_chunk_size": loss_chunk_size,
         "accumulate": accumulate,
+        "effort": effort,
         "jax": jax.__version__,
     }
     return Plan(settings, where.memory, found["adapter"], found.get("full"), found.get("floor"))
@@ -138,10 +148,10 @@ def _check_sizes(**sizes: int | None) -> None:
 
 
 def _found(
-    name: str, step: Step, work: Workload, batch: int, unit: int, where: Target, search: bool, bar: Any
+    name: str, step: Step, work: Workload, batch: int, unit: int, where: Target, search: bool, effort: float, bar: Any
 ) -> StepPlan:
     bar.set_postfix_str(f"{name}, batch {batch}")
-    found = measured(step, work, batch, where.memory)
+    found = measured(step, work, batch, where.memory, effort)
     bar.update()
     if not search or where.memory is None:
         return found
@@ -149,7 +159,7 @@ def _found(
     def total(units: int) -> tuple[bool, int | None]:
         bar.total += 1
         bar.set_postfix_str(f"{name}, batch {units * unit}")
-        tried = measured(step, work, units * unit, where.memory, details=False)
+        tried = measured(step, work, units * unit, where.memory, effort, details=False)
         bar.update()
         return bool(tried.fits), tried.total
 

@@ -29,10 +29,6 @@ class Step:
     lower: Lower
 
 
-def loss_of(apply: Callable[..., Any], params: Any, batch: dict[str, jax.Array]) -> jax.Array:
-    return apply(params, **batch).loss
-
-
 def adapter_step(
     work: Workload, config: jpeft.PeftConfig, tx: optax.GradientTransformation, accumulate: int, quantize: str | None
 ) -> Step:
@@ -43,7 +39,7 @@ def adapter_step(
     wrapped = jpeft.wrap(params, config, layouts=work.model.blueprint.family.layouts)
     wrapped = on_mesh(wrapped, jpeft.shardings(wrapped, work.mesh, base=placed))
     state = jpeft.train_state(wrapped, tx, rng=jax.random.key(0))
-    step = jpeft.make_train_step(work.model.apply, loss_of, tx, accumulate=accumulate)
+    step = jpeft.make_train_step(work.model.apply, work.loss, tx, accumulate=accumulate)
     trainable, _ = jpeft.count_parameters(wrapped)
     return Step(
         wrapped.base, wrapped.adapters, state.opt_state, trainable, lambda rows: step.lower(state, work.batch(rows))
@@ -79,7 +75,7 @@ def full_step(work: Workload, tx: optax.GradientTransformation, accumulate: int)
     )
 
     def mean_gradient(params: Any, batch: Any) -> tuple[jax.Array, Any]:
-        of_one = jax.value_and_grad(lambda params, one: loss_of(work.model.apply, params, one))
+        of_one = jax.value_and_grad(lambda params, one: work.loss(work.model.apply, params, one))
         if accumulate == 1:
             return of_one(params, batch)
 

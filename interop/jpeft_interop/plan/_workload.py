@@ -1,6 +1,6 @@
 """What is trained on what: a model of a config without arrays, the shapes of a batch, the config of a method."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,12 @@ class Workload:
     mesh: Mesh
     seq: int
     target_seq: int | None
+    loss_chunk_size: int | None
+
+    def loss(self, apply: Callable[..., Any], params: Any, batch: Mapping[str, jax.Array]) -> jax.Array:
+        """The model's own loss."""
+        chunked = {} if self.loss_chunk_size is None else {"loss_chunk_size": self.loss_chunk_size}
+        return apply(params, **batch, **chunked).loss
 
     def batch(self, rows: int) -> dict[str, jax.ShapeDtypeStruct]:
         """The shapes of a batch of this many rows, split over the mesh's batch axes."""
@@ -57,6 +63,7 @@ def workload(
     remat: str | None,
     seq: int,
     target_seq: int | None,
+    loss_chunk_size: int | None,
 ) -> Workload:
     """The abstract model of a config, on a mesh. Raises ValueError for what its family cannot do."""
     from ..models import FAMILIES
@@ -72,6 +79,8 @@ def workload(
         raise ValueError(
             f"task is {task!r}; for model_type {family.model_type!r} expected one of: {', '.join(tasks) or 'none'}"
         )
+    if loss_chunk_size is not None and chosen != "causal-lm":
+        raise ValueError(f"loss_chunk_size is {loss_chunk_size}, for task {chosen!r}; only causal-lm has such a loss")
     built = AutoModel(chosen).from_config(
         raw,
         abstract=True,
@@ -81,7 +90,7 @@ def workload(
         scan_layers=scan_layers,
         remat=remat,
     )
-    return Workload(built, chosen, mesh, seq, (target_seq or seq) if chosen == "seq2seq-lm" else None)
+    return Workload(built, chosen, mesh, seq, (target_seq or seq) if chosen == "seq2seq-lm" else None, loss_chunk_size)
 
 
 def method_config(method: str | PeftConfig, r: int | None, targets: Any, model_type: str) -> PeftConfig:
