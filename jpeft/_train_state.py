@@ -38,6 +38,8 @@ def train_state(params: PeftParams, tx: optax.GradientTransformation, *, rng: ja
     it is off; steps and micro-batches draw their own from it. Shapes without arrays (`jax.ShapeDtypeStruct`) give a
     state of shapes. Where parameters lie on a mesh, the state does: what the optimizer keeps of an array, of its shape
     and at its path, like that array, all else on every device.
+    Adapters in bfloat16 (`wrap(dtype=...)`) have moments in bfloat16, where Adam's second one cannot fall with the
+    usual b2 of 0.999, as a thousandth rounds away; with 0.99 it does.
     Raises TypeError if `params` do not come from `wrap` or `rng` is no key, and ValueError if nothing trains.
 
     >>> import jax, jax.numpy as jnp, jpeft, optax

@@ -91,9 +91,11 @@ def make_train_step(
     place of the plain ones. Terms of the adapter itself (`adalora_orthogonality_loss`) may be added. With the state's
     `rng`, `params` bring dropout a key that is new in every step and micro-batch, and the same after a restart:
     `fold_in(fold_in(rng, step), micro_batch)`; `params.context["rng"].key()` is it, for draws of the model's own.
-    tx: an optax transform, not masked, as it sees what trains alone; one that wants `value=`, as `reduce_on_plateau`,
-    gets the loss. Its state keeps its dtypes, and it runs under standard dtype promotion. `optax.MultiSteps` and
-    `optax.apply_if_finite` (a step whose gradient is not finite changes nothing) go around it as ever.
+    tx: an optax transform, not masked, as it sees what trains alone; those that look at more need a loop of your own
+    (`osf_gradient_projection`, `adamss_allocation`, `adalora_rank_allocator`). One that wants `value=`, as
+    `reduce_on_plateau`, gets the loss. Its state keeps its dtypes, and it runs under standard dtype promotion.
+    `optax.MultiSteps` and `optax.apply_if_finite` (a step whose gradient is not finite changes nothing) go around it
+    as ever.
     accumulate: micro-batches a step, one after the other: row i of the batch is in micro-batch i mod accumulate, so
     that each device keeps its rows. Arrays of the batch are split along the first axis; scalars go to all. Losses are
     taken for means over equally many; if they are not, say of tokens that count, weight(batch) -> a scalar, how many

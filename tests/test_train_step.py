@@ -240,6 +240,38 @@ def test_optimizers_of_optax_work_within():
     assert float(state.opt_state[1].scale) < 1
 
 
+def test_masks_and_optimizers_of_loras_factors_see_what_trains():
+    masked = optax.masked(optax.adam(1e-2), jpeft.trainable_mask)
+    found, _ = make_train_step(model, mean_square, masked, donate=False)(train_state(wrap(), masked), batch())
+    plain = optax.adam(1e-2)
+    expected, _ = make_train_step(model, mean_square, plain, donate=False)(train_state(wrap(), plain), batch())
+    assert_close(arrays_of(found.params), arrays_of(expected.params), rtol=0, atol=0)
+    plus = jpeft.create_loraplus_optimizer(optax.sgd, lr=0.1, loraplus_lr_ratio=4.0)
+    state = train_state(wrap(), plus)
+    after, _ = make_train_step(model, mean_square, plus, donate=False)(state, batch())
+    trainable, frozen = jpeft.partition(state.params)
+    grads = jax.grad(lambda half: mean_square(jpeft.lift(model), jpeft.combine(half, frozen), batch()))(trainable)
+    for name, rate in (("lora_A", 0.1), ("lora_B", 0.4)):
+        own, grad, new = (tree.adapters["default"].weights["up"][name] for tree in (state.params, grads, after.params))
+        np.testing.assert_allclose(new, own - rate * grad, rtol=1e-4, atol=1e-5)
+
+
+def test_quantised_bases_stay_and_dequantise_to_the_dtype_of_the_computation():
+    seen = []
+
+    def loss(apply, params, batch):
+        seen.append(params.base["up"]["kernel"].dtype)
+        return jnp.mean(jnp.square((apply(params, batch["x"]) - batch["y"]).astype(jnp.float32)))
+
+    small, tx = jpeft.quantize(wrap(), "int8"), optax.sgd(0.1)
+    step = make_train_step(model, loss, tx, compute_dtype="bfloat16", accumulate=2)
+    state, _ = step(train_state(small, tx), batch())
+    assert {str(dtype) for dtype in seen} == {"bfloat16"}
+    assert str(state.params.base["up"]["kernel"].dtype) == "float32"
+    kept, given = jax.tree.leaves(state.params.base), jax.tree.leaves(small.base)
+    assert all(x is y for x, y in zip(kept, given, strict=True))
+
+
 def test_a_step_costs_what_the_loop_by_hand_costs():
     """FLOPs and temporaries of the compiled programs, with donation; the base is neither copied nor returned."""
     wrapped = wrap(size=512)
