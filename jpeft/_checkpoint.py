@@ -142,7 +142,8 @@ class Checkpointer:
 
         state: of the same model, config and optimizer, such as `jpeft.train_state` makes at the beginning; its arrays
         say by their shardings where the restored ones go, and may be `jax.ShapeDtypeStruct`s. Its base and context are
-        taken over. If there is no checkpoint, the state itself and None are returned.
+        taken over. If there is no checkpoint, the state itself and None are returned. A model is known by the paths,
+        shapes and dtypes of its leaves, and by the config's base_model_name_or_path where both name one; not by values.
         Raises TypeError if `state` is no TrainState; ValueError if the checkpoint is of another model, config or
         optimizer, with what differs, or if there is none of that step.
         """

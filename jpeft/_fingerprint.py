@@ -55,6 +55,7 @@ def differences(saved: Mapping[str, Any], given: Mapping[str, Any]) -> list[str]
     ["base leaf 'query.kernel' is float32 (4, 6) in the checkpoint, float32 (4, 8) here"]
     """
     theirs, ours = _entries(saved), _entries(given)
+    untouched = _untouched(saved) | _untouched(given)
     groups = saved.get("arrays", {}).keys() & given.get("arrays", {}).keys()
     found = []
     for name in [*theirs, *(name for name in ours if name not in theirs)]:
@@ -63,6 +64,8 @@ def differences(saved: Mapping[str, Any], given: Mapping[str, Any]) -> list[str]
             continue
         if field in _NAMES_OF_BASE and None in (theirs.get(name), ours.get(name)):
             continue
+        if name in untouched and not (name in theirs and name in ours):
+            continue  # A field that another version of this package does not have.
         if theirs.get(name, _ABSENT) != ours.get(name, _ABSENT):
             found.append(_said(name, theirs.get(name, _ABSENT), ours.get(name, _ABSENT)))
     return found
@@ -77,8 +80,10 @@ def listed(lines: list[str]) -> str:
 
 
 def _described(adapter: Adapter) -> dict[str, Any]:
+    fields = _config_fields(adapter.config)
     return {
-        "config": {"class": type(adapter.config).__name__, **_config_fields(adapter.config)},
+        "config": {"class": type(adapter.config).__name__, **fields},
+        "untouched": [name for name, default in _defaults(adapter.config).items() if fields.get(name) == default],
         "sites": {path: f"{site.leaf} {site.layout} {site.dtype} {site.shape}" for path, site in adapter.sites.items()},
     }
 
@@ -86,6 +91,13 @@ def _described(adapter: Adapter) -> dict[str, Any]:
 def _config_fields(config: PeftConfig) -> dict[str, Any]:
     names = [field.name for field in dataclasses.fields(config) if field.name not in _ABOUT_FILES]
     return {name: _plain(getattr(config, name)) for name in names}
+
+
+def _defaults(config: PeftConfig) -> dict[str, Any]:
+    return {
+        field.name: _plain(field.default if field.default_factory is dataclasses.MISSING else field.default_factory())
+        for field in dataclasses.fields(config)
+    }
 
 
 def _plain(value: Any) -> Any:
@@ -109,6 +121,15 @@ def _entries(described: Mapping[str, Any]) -> dict[tuple[str, ...], Any]:
     for group, own in described.get("arrays", {}).items():
         found.update({("array", group, name): value for name, value in own.items()})
     return found
+
+
+def _untouched(described: Mapping[str, Any]) -> set[tuple[str, ...]]:
+    """The names, as in `_entries`, of config fields that have their defaults."""
+    return {
+        ("config of adapter", name, field)
+        for name, adapter in described.get("adapters", {}).items()
+        for field in adapter["untouched"]
+    }
 
 
 def _said(name: tuple[str, ...], theirs: Any, ours: Any) -> str:

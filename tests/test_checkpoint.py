@@ -16,6 +16,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 
 import jpeft
 from jpeft import LoraConfig
+from jpeft._fingerprint import differences, fingerprint
 
 BASE = {
     "embed": {"embedding": np.random.default_rng(0).normal(size=(12, 8)).astype(np.float32)},
@@ -321,6 +322,17 @@ def test_what_says_nothing_of_the_training_may_differ(tmp_path):
         config = LoraConfig(r=4, target_modules=MODULES, **silent)
         params = checkpoints.restore_params(wrapped(config))
         assert_same(params.adapters["default"].weights, saved.params.adapters["default"].weights)
+
+
+def test_fields_that_another_version_does_not_have_may_be_absent_if_they_are_at_their_defaults():
+    described = fingerprint(wrapped(), {})
+    shorter = fingerprint(wrapped(), {})
+    for field in ("use_rslora", "layers_pattern"):
+        del shorter["adapters"]["default"]["config"][field]
+    assert not differences(shorter, described) and not differences(described, shorter)
+    del shorter["adapters"]["default"]["config"]["r"]
+    assert differences(shorter, described) == ["config of adapter 'default', r is not in the checkpoint, and here 4"]
+    assert differences(described, shorter) == ["config of adapter 'default', r is 4 in the checkpoint, and not here"]
 
 
 @pytest.mark.parametrize(
