@@ -32,6 +32,7 @@ def save_adapted_products(primitive: Any, *args: Any, **params: Any) -> Any:
     without an adapter are made again: `jax.checkpoint_policies.save_from_both_policies` adds to it. Without adapters it
     is `nothing_saveable`. The input x, which the gradient of A needs, follows from the results before it by what is
     cheap: norms, activations, attention. For `jpeft_interop.models`: `remat="save_adapted_products"`.
+    JAX does not transpose names, so that it refuses `jax.linear_transpose` of a lifted function; `jax.vjp` does it.
 
     >>> import jax, jax.numpy as jnp, jpeft
     >>> params = {"up": {"kernel": jnp.ones((4, 8))}}

@@ -89,6 +89,20 @@ def test_without_a_policy_the_names_leave_nothing_in_the_program():
     assert "jpeft_" not in compiled.as_text() and "optimization_barrier" not in compiled.as_text()
 
 
+def linear(params, x):
+    return (x @ params["up"]["kernel"] + x @ params["gate"]["kernel"]) @ params["down"]["kernel"]
+
+
+def test_lifted_functions_are_transposed_by_vjp():
+    params = wrapped()
+    lifted = jpeft.lift(linear)
+    up, gate, down = (jpeft.merge(params)[name]["kernel"] for name in PRODUCTS)
+    pulled = jax.vjp(lambda x: lifted(params, x), inputs())[1](jnp.ones((ROWS, 4)))[0]
+    np.testing.assert_allclose(pulled, jnp.ones((ROWS, 4)) @ down.T @ (up + gate).T, rtol=1e-9)
+    with pytest.raises(NotImplementedError, match="'name' not implemented"):
+        jax.linear_transpose(lambda x: lifted(params, x), inputs())(jnp.ones((ROWS, 4)))
+
+
 @pytest.mark.parametrize("axes", [AxisType.Auto, AxisType.Explicit])
 def test_it_goes_through_scans_on_meshes_and_populations(axes):
     params = wrapped(layers=(3,))
