@@ -4,6 +4,7 @@
     python examples/benchmarks/plans.py                      # all rows: an hour or two on two cores
     python examples/benchmarks/plans.py --only llama-2-7b/v5e:4x4
     python examples/benchmarks/plans.py --table              # of the results so far
+    python examples/benchmarks/plans.py --depth              # does compiling take longer for more layers?
 
 Each row is one model on one TPU topology: LoRA, the same LoRA with its formula left to autodiff, full fine-tuning, and
 the frozen model. Results are kept in a file as they come, and rows that it holds are not compiled again. The rows on
@@ -16,6 +17,7 @@ import json
 import math
 import os
 import pathlib
+import time
 from collections.abc import Mapping
 from typing import Any
 
@@ -96,6 +98,8 @@ register(
 
 def main() -> None:
     args = arguments()
+    if args.depth:
+        return print(seconds_by_depth(args.effort))
     results: dict[str, Any] = json.loads(args.results.read_text()) if args.results.exists() else {}
     for row in ROWS:
         if args.table or (args.only and row.name not in args.only):
@@ -113,6 +117,7 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="*", choices=[row.name for row in ROWS], metavar="MODEL/TOPOLOGY")
     parser.add_argument("--table", action="store_true", help="print what the results hold, and compile nothing")
+    parser.add_argument("--depth", action="store_true", help="compile 8 and 80 layers, several times, and nothing else")
     parser.add_argument("--effort", type=float, default=0.0, help="of the compiler: at -1 a sixth of the time")
     parser.add_argument("--results", type=pathlib.Path, default=pathlib.Path("plans.results.json"))
     return parser.parse_args()
@@ -141,6 +146,32 @@ def _plan(row: Row, effort: float, config: type[jpeft.LoraConfig], **which: bool
         effort=effort,
         **which,
     )
+
+
+def seconds_by_depth(effort: float, depths: tuple[int, ...] = (8, 80), rounds: int = 3) -> str:
+    """CPU seconds that tracing and compiling LoRA's step take, a line for each round and a column for each depth."""
+    config = json.loads((HERE / "plans" / "llama-2-7b.json").read_text())
+    config |= {"hidden_size": 1024, "intermediate_size": 2816, "num_attention_heads": 8, "num_key_value_heads": 8}
+    lines = [f"{' '.join(f'{depth} layers' for depth in depths)} ratio"]
+    for _ in range(rounds):
+        taken = []
+        for depth in depths:
+            start = time.process_time()
+            plan(
+                {**config, "num_hidden_layers": depth},
+                topology="v5e:2x2",
+                batch=4,
+                seq=512,
+                full=False,
+                floor=False,
+                search=False,
+                effort=effort,
+                progress=False,
+            )
+            taken.append(time.process_time() - start)
+            jax.clear_caches()
+        lines.append(f"{' '.join(f'{each:.1f} s' for each in taken)} {taken[-1] / taken[0]:.2f}")
+    return "\n".join(lines)
 
 
 def own_flops(row: Row) -> float:
