@@ -1,6 +1,6 @@
 """LoRA on a pod: parameters split over `fsdp` x `tp`, checkpoints, preemption, and an adapter that PyTorch PEFT reads.
 
-On one machine as it stands (four virtual devices where there is only a CPU, and a tiny model of its own):
+On one machine as it stands (eight virtual devices where there is only a CPU, and a tiny model of its own):
 
     python examples/05_pod_training.py --steps 60
 
