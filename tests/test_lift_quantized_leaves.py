@@ -351,9 +351,10 @@ def test_on_a_mesh(kind, config):
     np.testing.assert_allclose(kernel(merged), kernel(jpeft.merge(adapted(one_device, named))), rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("devices", [2, 4], ids=["whole blocks", "blocks cut up"])
 @pytest.mark.parametrize("spec", [P(None, "data"), P("data", None)], ids=["outputs", "inputs"])
-def test_in_a_shard_map(spec):
-    mesh = jax.make_mesh((2,), ("data",), axis_types=(AxisType.Auto,), devices=jax.devices()[:2])
+def test_in_a_shard_map(spec, devices):
+    mesh = jax.make_mesh((devices,), ("data",), axis_types=(AxisType.Auto,), devices=jax.devices()[:devices])
     own = adapted(jpeft.quantize(tree(), "nf4", block=4), lora())
     inputs = spec == P("data", None)
 

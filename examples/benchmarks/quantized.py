@@ -127,13 +127,12 @@ def main() -> None:
     shape = jax.ShapeDtypeStruct((4096, 4096), jnp.float32)
     steps = {form: training_step(form, options.layers, options.width, options.rows) for form in FORMS}
     ratios = interleaved(steps, options.rounds, "float32")
-    print(
-        f"{'format':14}{'bits':>8}{'error, Gaussian':>18}{'error, BERT':>14}{'step':>8}{'qwix product':>15}{'differs':>10}"
-    )
+    columns = {"bits": 8, "error, Gaussian": 18, "error, BERT": 14, "step": 8, "qwix product": 15, "differs": 10}
+    print(f"{'format':14}" + "".join(name.rjust(size) for name, size in columns.items()))
     for form in FORMS:
         held = bits(quantised({"m": {"kernel": shape}}, form)["m"]["kernel"])
         row = [f"{held:8.3f}"]
-        row.append(f"{error(gaussian, form):18.2e}" if FORMS[form] else f"{0:18}")
+        row.append(f"{error(gaussian, form):18.2e}" if FORMS[form] else f"{0:18.2e}")
         own = statistics.median(map(functools.partial(error, form=form), pretrained)) if FORMS[form] else 0
         row += [f"{own:14.2e}", f"{ratios[form]:8.2f}"]
         if FORMS[form] and form != "nf4":  # qwix has no scales of scales

@@ -5,6 +5,7 @@ A product with a quantised weight keeps the codes for the backward pass and make
 """
 
 import dataclasses
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -149,6 +150,14 @@ def constrained(base: Any, sharding: Any) -> Any:
     return dataclasses.replace(base, leaf=_with_qvalue(base.leaf, lax.with_sharding_constraint(_codes(base), sharding)))
 
 
+def divides(base: Any, spec: PartitionSpec, mesh: Any) -> bool:
+    """Whether a partition of a base weight cuts between its blocks alone."""
+    entries = (*spec, *(None,) * (base.ndim - len(spec)))
+    arrays = jax.tree.leaves(base) if is_codes(base) else []
+    sizes = [pair for array in arrays for pair in zip(array.shape, entries, strict=True)]
+    return all(size == 1 or size % _parts(mesh, entry) == 0 for size, entry in sizes)
+
+
 def specs_like(base: Any, spec: PartitionSpec) -> Any:
     """The partition of a base weight's arrays that fits a partition of the weight: axes of size 1 are whole."""
     if not is_codes(base):
@@ -199,7 +208,7 @@ def _resharded(equation: Equation, base: Codes) -> list[dict[str, Any]]:
 
     def own(array: jax.Array) -> jax.Array:
         spec = [
-            entry if size % _parts(sharding, entry) == 0 else None
+            entry if size % _parts(sharding.mesh, entry) == 0 else None
             for size, entry in zip(array.shape, entries, strict=True)
         ]
         return jax.sharding.reshard(array, NamedSharding(sharding.mesh, PartitionSpec(*spec)))
@@ -207,12 +216,9 @@ def _resharded(equation: Equation, base: Codes) -> list[dict[str, Any]]:
     return [{"leaf": _with_qvalue(jax.tree.map(own, base.leaf), codes)}]
 
 
-def _parts(sharding: NamedSharding, entry: Any) -> int:
+def _parts(mesh: Any, entry: Any) -> int:
     names = entry if isinstance(entry, tuple) else () if entry is None else (entry,)
-    count = 1
-    for name in names:
-        count *= sharding.mesh.shape[name]
-    return count
+    return math.prod(mesh.shape[name] for name in names)
 
 
 def _transpose(equation: Equation, base: Codes) -> list[dict[str, Any]]:

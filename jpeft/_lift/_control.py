@@ -10,7 +10,7 @@ from jax import lax
 from jax.sharding import PartitionSpec
 
 from .._contract import STACK
-from ._codes import carrier, constrained, specs_like, with_leading_axis
+from ._codes import carrier, constrained, densified, divides, specs_like, with_leading_axis
 from ._dropout import at_step, has_key
 from ._factors import factored
 from ._jaxpr import (
@@ -212,6 +212,7 @@ def _without(term: Term, axis: Axis | None, arrays: dict[str, jax.Array]) -> Ter
 def shard_map(context: Context, equation: Equation, inputs: list[Any], needed: list[bool]) -> list[Any]:
     params, forwarded = equation.params, [None] * len(equation.outvars)
     mesh = params["mesh"]
+    inputs = [_whole_blocks(value, spec, mesh) for value, spec in zip(inputs, params["in_specs"], strict=True)]
     specs = [_specs(value, spec) for value, spec in zip(inputs, params["in_specs"], strict=True)]
     inputs = [_resharded(value, spec) for value, spec in zip(inputs, specs, strict=True)]
 
@@ -233,6 +234,11 @@ def shard_map(context: Context, equation: Equation, inputs: list[Any], needed: l
         check_vma=params["check_vma"],
     )(*inputs)
     return _with_forwarded(outputs, forwarded, inputs)
+
+
+def _whole_blocks(value: Any, spec: PartitionSpec, mesh: Any) -> Any:
+    """A weight that can be partitioned so: a dense one where the edges of shards would cut its blocks."""
+    return value if not is_adapted(value) or divides(value.base, spec, mesh) else densified(value)
 
 
 def _names(specs: Sequence[PartitionSpec]) -> set[str]:
