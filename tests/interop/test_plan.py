@@ -89,20 +89,24 @@ def test_as_text_and_as_numbers(llama):
     assert fits.split() == ["fits"] + ["not", "known"] * 3
 
 
+def work_on(where, model=LLAMA, seq=16, param_dtype=jnp.bfloat16):
+    return workload(
+        model,
+        task=None,
+        mesh=where.mesh,
+        dtype=jnp.bfloat16,
+        param_dtype=param_dtype,
+        scan_layers=True,
+        remat="nothing_saveable",
+        seq=seq,
+        target_seq=None,
+        loss_chunk_size=None,
+    )
+
+
 def test_the_size_of_a_program_is_that_of_any_depth():
     def lines(depth):
-        work = workload(
-            {**LLAMA, "num_hidden_layers": depth},
-            task=None,
-            mesh=target("cpu", None, {"fsdp": 1}).mesh,
-            dtype=jnp.bfloat16,
-            param_dtype=jnp.bfloat16,
-            scan_layers=True,
-            remat="nothing_saveable",
-            seq=8,
-            target_seq=None,
-            loss_chunk_size=None,
-        )
+        work = work_on(target("cpu", None, {"fsdp": 1}), {**LLAMA, "num_hidden_layers": depth}, seq=8)
         with jax.set_mesh(work.mesh), jax.numpy_dtype_promotion("standard"):
             return len(full_step(work, optax.adamw(1e-4), 1).lower(2).as_text().splitlines())
 
@@ -110,9 +114,10 @@ def test_the_size_of_a_program_is_that_of_any_depth():
 
 
 def test_accumulation_keeps_the_operations(llama):
-    found = plan(method=ALL_LINEAR, param_dtype=jnp.float32, accumulate=2, floor=False)
-    assert found.adapter.flops == llama.adapter.flops and found.full.flops == llama.full.flops
-    assert found.settings["accumulate"] == 2 and "accumulated in 2" in str(found)
+    work = work_on(target("cpu", None, {"fsdp": 2}), param_dtype=jnp.float32)
+    found = measured(full_step(work, optax.adamw(1e-4), 2), work, 4, None)
+    assert found.flops == llama.full.flops
+    assert found.batch == llama.full.batch and found.parameters == llama.full.parameters
 
 
 def test_an_encoder_and_a_decoder_with_a_quantised_base():
@@ -165,18 +170,7 @@ def test_a_model_that_cannot_fit_is_an_answer():
     seven_billion = {**LLAMA, "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32}
     seven_billion |= {"num_attention_heads": 32, "num_key_value_heads": 32, "vocab_size": 32000}
     where = target("tpu", "v5e:1x1", None)
-    work = workload(
-        seven_billion,
-        task=None,
-        mesh=where.mesh,
-        dtype=jnp.bfloat16,
-        param_dtype=jnp.bfloat16,
-        scan_layers=True,
-        remat="nothing_saveable",
-        seq=128,
-        target_seq=None,
-        loss_chunk_size=None,
-    )
+    work = work_on(where, seven_billion, seq=128)
     step = full_step(work, optax.adamw(1e-4), 1)
     found = measured(step, work, 1, where.memory)
     assert found.fits is False and "15.75G" in found.refusal
