@@ -182,7 +182,7 @@ def test_a_model_that_cannot_fit_is_an_answer():
 def test_a_step_compiled_for_a_tpu():
     wide = {**LLAMA, "hidden_size": 256, "intermediate_size": 512, "num_key_value_heads": 4}
     settings = dict(mesh={"fsdp": 2, "tp": 2}, batch=4, seq=128, r=8, full=False, floor=False, search=False)
-    there = plan(wide, **{**settings, "platform": "tpu", "topology": "v5e:2x2"}, effort=-1)
+    there = plan(wide, **{**settings, "platform": "tpu", "topology": "v5e:2x2"})
     here = plan(wide, **settings)
     assert there.memory == int(15.75 * 2**30) and there.adapter.fits and here.adapter.fits is None
     assert there.settings["device"] == "TPU v5 lite" and there.settings["topology"] == "v5e:2x2"
@@ -215,6 +215,19 @@ def test_other_errors_of_the_compiler_are_raised(monkeypatch):
     monkeypatch.setattr(jax.stages.Lowered, "compile", refuse)
     with pytest.raises(jax.errors.JaxRuntimeError, match="INTERNAL: the compiler failed"):
         plan(r=2)
+
+
+def test_the_compilers_effort(monkeypatch):
+    asked = []
+
+    def compile_(self, compiler_options=None):
+        asked.append(compiler_options)
+        raise jax.errors.JaxRuntimeError("INVALID_ARGUMENT: No such compile option: 'exec_time_optimization_effort'")
+
+    monkeypatch.setattr(jax.stages.Lowered, "compile", compile_)
+    with pytest.raises(ValueError, match="effort is -0.5, but the compiler of JAX .* has no such setting: leave it"):
+        plan(r=2, effort=-0.5)
+    assert asked == [{"exec_time_optimization_effort": -0.5}]
 
 
 def test_bytes_of_four_bits():

@@ -15,6 +15,8 @@ from ._results import CollectiveTotal, StepPlan
 from ._steps import Step
 from ._workload import Workload
 
+# Of JAX 0.10; JAX 0.12 has none.
+EFFORT = "exec_time_optimization_effort"
 UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
@@ -34,8 +36,12 @@ def measured(
         lowered = step.lower(rows)
         traced = time.perf_counter()
         try:
-            compiled = lowered.compile({"exec_time_optimization_effort": effort} if effort else None)
+            compiled = lowered.compile({EFFORT: effort} if effort else None)
         except jax.errors.JaxRuntimeError as error:
+            if EFFORT in str(error):
+                raise ValueError(
+                    f"effort is {effort}, but the compiler of JAX {jax.__version__} has no such setting: leave it at 0"
+                ) from error
             if not is_refusal(str(error)):
                 raise
             seconds = (traced - start, time.perf_counter() - traced)
