@@ -7,12 +7,14 @@
     python examples/benchmarks/plans.py --depth              # does compiling take longer for more layers?
 
 Each row is one model on one TPU topology: LoRA, the same LoRA with its formula left to autodiff, full fine-tuning, and
-the frozen model. Results are kept in a file as they come, and rows that it holds are not compiled again. The rows on
-one v5p chip repeat what PEFT's README measured on one A100, with the batch of its example scripts.
+the frozen model; the Llamas on quantised bases, too. Results are kept in a file as they come, and rows that it holds
+are not compiled again. The rows on one v5p chip repeat what PEFT's README measured on one A100, with the batch of its
+example scripts.
 """
 
 import argparse
 import dataclasses
+import functools
 import json
 import math
 import os
@@ -40,7 +42,10 @@ GIB = 2**30
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """One plan. published: GB that PEFT's README gives for LoRA and in full on one A100; None: out of its memory."""
+    """One plan. published: GB that PEFT's README gives for LoRA and in full on one A100; None: out of its memory.
+
+    formats: of quantised bases that LoRA is planned on, too.
+    """
 
     model: str
     topology: str
@@ -52,6 +57,7 @@ class Row:
     targets: str | None = "all-linear"
     param_dtype: str = "bfloat16"
     published: tuple[float, float | None] | None = None
+    formats: tuple[str, ...] = ()
 
     @property
     def name(self) -> str:
@@ -63,9 +69,9 @@ TWEETS: dict[str, Any] = dict(
     topology="v5p:1x1x1", mesh={"fsdp": 1}, batch=8, seq=64, r=8, targets=None, param_dtype="float32"
 )
 ROWS = (
-    Row("llama-2-7b", "v5e:4x4", {"fsdp": 16}, 64, 2048),
+    Row("llama-2-7b", "v5e:4x4", {"fsdp": 16}, 64, 2048, formats=("int8", "nf4")),
     Row("llama-3-70b", "v5p:4x4x4", {"fsdp": 64}, 64, 4096),
-    Row("llama-3-70b", "v5e:16x16", {"fsdp": 256}, 256, 2048),
+    Row("llama-3-70b", "v5e:16x16", {"fsdp": 256}, 256, 2048, formats=("int8", "nf4")),
     Row("t0-3b", "v5e:2x4", {"fsdp": 8}, 64, 512, 128, r=8, targets=None),
     Row("mt0-xxl", "v5e:2x4", {"fsdp": 8}, 32, 512, 128, r=8, targets=None),
     Row("bloomz-7b1", "v5e:2x4", {"fsdp": 8}, 32, 512, r=8, targets=None),
@@ -104,7 +110,8 @@ def main() -> None:
     for row in ROWS:
         if args.table or (args.only and row.name not in args.only):
             continue
-        for kind, compile_it in (("plan", compared), ("autodiff", by_autodiff)):
+        quantised = ((name, functools.partial(on_quantised, name)) for name in row.formats)
+        for kind, compile_it in (("plan", compared), ("autodiff", by_autodiff), *quantised):
             if kind not in results.setdefault(row.name, {}):
                 results[row.name][kind] = compile_it(row, args.effort).as_dict()
                 args.results.write_text(json.dumps(results, indent=1))
@@ -132,7 +139,11 @@ def by_autodiff(row: Row, effort: float) -> Plan:
     return _plan(row, effort, AutodiffLoraConfig, full=False, floor=False)
 
 
-def _plan(row: Row, effort: float, config: type[jpeft.LoraConfig], **which: bool) -> Plan:
+def on_quantised(name: str, row: Row, effort: float) -> Plan:
+    return _plan(row, effort, jpeft.LoraConfig, full=False, floor=False, quantize=name)
+
+
+def _plan(row: Row, effort: float, config: type[jpeft.LoraConfig], **others: Any) -> Plan:
     return plan(
         HERE / "plans" / f"{row.model}.json",
         method=config(r=row.r, lora_alpha=2 * row.r, target_modules=row.targets),
@@ -144,7 +155,7 @@ def _plan(row: Row, effort: float, config: type[jpeft.LoraConfig], **which: bool
         param_dtype=jnp.dtype(row.param_dtype),
         search=False,
         effort=effort,
-        **which,
+        **others,
     )
 
 
@@ -218,6 +229,8 @@ WAYS = {
     "LoRA by autodiff": ("autodiff", "adapter"),
     "full": ("plan", "full"),
     "frozen": ("plan", "floor"),
+    "LoRA on int8": ("int8", "adapter"),
+    "LoRA on nf4": ("nf4", "adapter"),
 }
 
 
