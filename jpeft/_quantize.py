@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.core import Tracer
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding
 
 from ._contract import INPUT, LINEAR, OUTPUT, STACK, VOCABULARY, WINDOW, is_quantised
 from ._formats import FORMATS, Format, Plan, divisors, double_plan, encoded, imported_qwix, plan_of
@@ -17,6 +17,7 @@ from ._paths import WEIGHT_NAMES, last_name, leaves_by_path, map_leaves, parent
 from ._patterns import matches
 from ._quantized import Quantized, as_dense, is_abstract, is_quantized
 from ._sites import Candidate, candidates
+from ._specs import placed_along
 from ._stacks import restacked, unstacked
 from ._targets import EXPERTS, OUTPUT_EMBEDDINGS, SEQ_CLS_HEADS
 
@@ -256,18 +257,3 @@ def _on_explicit_axes(encode: Any, leaf: jax.Array) -> Quantized:
     placed = jax.tree.map(functools.partial(placed_along, sharding), shapes)
     computed: Any = jax.sharding.auto_axes(encode, axes=sharding.mesh.explicit_axes, out_sharding=placed)
     return computed(leaf)
-
-
-def placed_along(sharding: Any, array: Any) -> Any:
-    """The sharding of codes or scales: the weight's, except along axes that its mesh axes do not divide."""
-    if not isinstance(sharding, NamedSharding):
-        return sharding
-    spec = (*sharding.spec, *(None,) * (array.ndim - len(sharding.spec)))
-    pairs = zip(array.shape, spec, strict=True)
-    own = (entry if size % _parts(sharding, entry) == 0 else None for size, entry in pairs)
-    return NamedSharding(sharding.mesh, PartitionSpec(*own))
-
-
-def _parts(sharding: NamedSharding, entry: Any) -> int:
-    names = entry if isinstance(entry, tuple) else () if entry is None else (entry,)
-    return functools.reduce(lambda count, name: count * sharding.mesh.shape[name], names, 1)

@@ -14,7 +14,7 @@ from ._contract import EMBEDDING, INPUT, OUTPUT, STACK, VOCABULARY, Site
 from ._params import Adapter, PeftParams
 from ._paths import leaf_path, leaves_by_path
 from ._quantized import is_quantized
-from ._specs import AnyMesh, axis_names, parts_of
+from ._specs import AnyMesh, axis_names, placed_along
 from ._tokens import TokenRows
 from ._wrap import checked_params
 
@@ -95,10 +95,10 @@ def _whole(tree: Any, mesh: AnyMesh) -> Any:
 
 def _of_part(part: Any, dense: NamedSharding, ndim: int) -> NamedSharding:
     """The sharding of one array of a quantised leaf, whose sizes divide those of the dense weight."""
-    own = _padded(dense.spec, ndim) if part.ndim == ndim else [None] * part.ndim
-    fits = [size % parts_of(entry, dense.mesh) == 0 for entry, size in zip(own, part.shape, strict=True)]
-    spec = _spec([entry if fit else None for entry, fit in zip(own, fits, strict=True)])
-    return NamedSharding(dense.mesh, spec, memory_kind=dense.memory_kind)
+    if part.ndim != ndim:
+        return NamedSharding(dense.mesh, PartitionSpec(), memory_kind=dense.memory_kind)
+    own = placed_along(dense, part)
+    return NamedSharding(own.mesh, _spec([*own.spec]), memory_kind=own.memory_kind)
 
 
 def _of_adapter(adapter: Adapter, entries: Mapping[str, Entries], mesh: AnyMesh, tiny: int) -> Adapter:

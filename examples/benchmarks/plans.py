@@ -69,9 +69,11 @@ TWEETS: dict[str, Any] = dict(
     topology="v5p:1x1x1", mesh={"fsdp": 1}, batch=8, seq=64, r=8, targets=None, param_dtype="float32"
 )
 ROWS = (
-    Row("llama-2-7b", "v5e:4x4", {"fsdp": 16}, 64, 2048, formats=("int8", "nf4")),
+    Row("llama-2-7b", "v5e:4x4", {"fsdp": 16}, 64, 2048),
     Row("llama-3-70b", "v5p:4x4x4", {"fsdp": 64}, 64, 4096),
-    Row("llama-3-70b", "v5e:16x16", {"fsdp": 256}, 256, 2048, formats=("int8", "nf4")),
+    Row("llama-3-70b", "v5e:16x16", {"fsdp": 256}, 256, 2048),
+    Row("llama-2-7b", "v5e:1x1", {"fsdp": 1}, 2, 2048, formats=("int8", "nf4")),
+    Row("llama-3-70b", "v5e:4x4", {"fsdp": 16}, 16, 2048, formats=("int8", "nf4")),
     Row("t0-3b", "v5e:2x4", {"fsdp": 8}, 64, 512, 128, r=8, targets=None),
     Row("mt0-xxl", "v5e:2x4", {"fsdp": 8}, 32, 512, 128, r=8, targets=None),
     Row("bloomz-7b1", "v5e:2x4", {"fsdp": 8}, 32, 512, r=8, targets=None),

@@ -5,16 +5,16 @@ A product with a quantised weight keeps the codes for the backward pass and make
 """
 
 import dataclasses
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import PartitionSpec
 
 from .._quantized import Quantized, dense, with_leading
+from .._specs import parts_of, placed_along
 from ._jaxpr import Equation, explicit_sharding, has_effects, run_equation, with_dtype
 
 
@@ -155,7 +155,7 @@ def divides(base: Any, spec: PartitionSpec, mesh: Any) -> bool:
     entries = (*spec, *(None,) * (base.ndim - len(spec)))
     arrays = jax.tree.leaves(base) if is_codes(base) else []
     sizes = [pair for array in arrays for pair in zip(array.shape, entries, strict=True)]
-    return all(size == 1 or size % _parts(mesh, entry) == 0 for size, entry in sizes)
+    return all(size == 1 or size % parts_of(entry, mesh) == 0 for size, entry in sizes)
 
 
 def specs_like(base: Any, spec: PartitionSpec) -> Any:
@@ -204,21 +204,8 @@ def _resharded(equation: Equation, base: Codes) -> list[dict[str, Any]]:
     if sharding is None:
         raise NotCodes("axes that are explicit no more")
     # Where a mesh axis would cut through a block, scales are whole.
-    entries = (*sharding.spec, *(None,) * (base.ndim - len(sharding.spec)))
-
-    def own(array: jax.Array) -> jax.Array:
-        spec = [
-            entry if size % _parts(sharding.mesh, entry) == 0 else None
-            for size, entry in zip(array.shape, entries, strict=True)
-        ]
-        return jax.sharding.reshard(array, NamedSharding(sharding.mesh, PartitionSpec(*spec)))
-
-    return [{"leaf": _with_qvalue(jax.tree.map(own, base.leaf), codes)}]
-
-
-def _parts(mesh: Any, entry: Any) -> int:
-    names = entry if isinstance(entry, tuple) else () if entry is None else (entry,)
-    return math.prod(mesh.shape[name] for name in names)
+    leaf = jax.tree.map(lambda array: jax.sharding.reshard(array, placed_along(sharding, array)), base.leaf)
+    return [{"leaf": _with_qvalue(leaf, codes)}]
 
 
 def _transpose(equation: Equation, base: Codes) -> list[dict[str, Any]]:
