@@ -17,6 +17,8 @@ from typing import Any
 os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
 os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-16")
 os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
+# Several programs may compile at once, as no device is theirs.
+os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
 # Nothing runs, so nothing may wait for a TPU that is not there.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
