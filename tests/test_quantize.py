@@ -405,8 +405,6 @@ def test_loftq_as_codes(shape, bits):
 def test_loftq_as_codes_is_refused():
     with pytest.raises(ValueError, match="base is 'codes'; expected one of: dense, quantized"):
         started_by_loftq((16, 8), 4, base="codes")
-    text = (
-        r"base='quantized' at 'layers.q.q': blocks of 64 of its matrix \(out, in\) = \(6, 100\), row after row"
-    )
+    text = r"base='quantized' at 'layers.q.q': blocks of 64 of its matrix \(out, in\) = \(6, 100\), row after row"
     with pytest.raises(ValueError, match=text):
         started_by_loftq((100, 6), 4, base="quantized")
