@@ -7,9 +7,10 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
 
+from ._partitions import AnyMesh
 from ._paths import leaves_by_path
 from ._quantized import is_quantized
-from ._specs import AnyMesh, check_spec, is_rules, spec_by_rule
+from ._specs import check_spec, is_rules, spec_by_rule
 
 LISTED = 8
 """How many paths a message names."""

@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -13,11 +13,11 @@ from jax.sharding import NamedSharding
 from ._contract import INPUT, LINEAR, OUTPUT, STACK, VOCABULARY, WINDOW, is_quantised
 from ._formats import FORMATS, Format, Plan, divisors, double_plan, encoded, imported_qwix, plan_of
 from ._params import is_peft_params
+from ._partitions import placed_along
 from ._paths import WEIGHT_NAMES, last_name, leaves_by_path, map_leaves, parent
 from ._patterns import matches
-from ._quantized import Quantized, as_dense, is_abstract, is_quantized
+from ._quantized import Quantized, as_dense, gathered_over, is_abstract, is_quantized
 from ._sites import Candidate, candidates
-from ._specs import placed_along
 from ._stacks import restacked, unstacked
 from ._targets import EXPERTS, OUTPUT_EMBEDDINGS, SEQ_CLS_HEADS
 
@@ -38,6 +38,7 @@ def quantize(
     include: Names | None = None,
     exclude: Names = (),
     layouts: Mapping[str, str] | None = None,
+    gather: Collection[str] = (),
     donate: bool = False,
 ) -> Any:
     """The same tree with weights quantised, `Quantized` in the place of each: frozen, for adapters to act on.
@@ -50,9 +51,12 @@ def quantize(
     of all linear layers and experts without output heads and routers; embeddings, convolutions, norms and biases stay.
     exclude: modules to leave out. layouts: as for `wrap`. donate: free each array once it is quantised, so that at its
     peak the tree is there once; `params` is of no use then. Without it, the tree and its quantised copy stay together.
+    gather: mesh axes over which rows of the batch are split as well as weights (FSDP): there devices then exchange
+    codes, where they would have to exchange the weights made of them; for leaves on a mesh, with `Auto` axes.
     Sharded leaves stay sharded. A linear layer is x W, (*stack, in, out), and its codes and scales have these axes.
     Raises ImportError without qwix, and ValueError for unknown formats and layouts, for a block that does not divide an
-    input, for leaves that are no floating-point numbers of 16 bits or more, or if no module is selected.
+    input, for mesh axes that are not there, for leaves that are no floating-point numbers of 16 bits or more, or if no
+    module is selected.
     QLoRA: https://arxiv.org/abs/2305.14314.
 
     >>> import jax, jax.numpy as jnp, jpeft
@@ -66,7 +70,8 @@ def quantize(
     if is_peft_params(params):
         known = {site.leaf: site.layout for adapter in params.adapters.values() for site in adapter.sites.values()}
         layouts = {**known, **(layouts or {})}
-        options = {"block": block, "double": double, "include": include, "exclude": exclude, "donate": donate}
+        options = {"block": block, "double": double, "include": include, "exclude": exclude, "gather": gather}
+        options["donate"] = donate
         return dataclasses.replace(params, base=quantize(params.base, format, layouts=layouts, **options))
     if format not in FORMATS:
         raise ValueError(f"format is {format!r}; expected one of: {', '.join(FORMATS)}")
@@ -74,9 +79,10 @@ def quantize(
     imported_qwix()
     leaves = leaves_by_path(params)
     selected = _selected(leaves, include, exclude, layouts)
+    _check_gather(gather, {path: leaves[path] for path in selected})
     own = FORMATS[format]
     plans = {path: _plan(path, leaves[path], layout, own, block, double) for path, layout in selected.items()}
-    quantised = {path: quantised_by(leaves[path], plan, donate) for path, plan in plans.items()}
+    quantised = {path: gathered_over(quantised_by(leaves[path], plan, donate), gather) for path, plan in plans.items()}
     return map_leaves(lambda path, leaf: quantised.get(path, leaf), params)
 
 
@@ -102,7 +108,7 @@ def requantised(path: str, leaf: Quantized, weight: Any) -> Quantized:
         )
     if is_abstract(leaf):
         return leaf
-    return quantised_by(weight, plan_of(leaf), False)
+    return dataclasses.replace(quantised_by(weight, plan_of(leaf), False), gather=leaf.gather)
 
 
 def _dequantised(leaf: Any) -> Any:
@@ -118,6 +124,16 @@ def _check_block(block: Any) -> None:
     if block in (None, "channel") or (isinstance(block, int) and not isinstance(block, bool) and block > 0):
         return
     raise ValueError(f"block is {block!r}; expected a number of 1 or more, 'channel', or None for the format's own")
+
+
+def _check_gather(gather: Collection[str], leaves: Mapping[str, Any]) -> None:
+    for path, leaf in leaves.items():
+        sharding = None if isinstance(leaf, Tracer) else getattr(leaf, "sharding", None)
+        known = sharding.mesh.axis_names if isinstance(sharding, NamedSharding) else gather
+        if not set(gather) <= set(known):
+            raise ValueError(
+                f"gather is {gather!r}, but {path!r} is on a mesh of the axes {known}; expected some of them"
+            )
 
 
 def _selected(

@@ -3,12 +3,16 @@
 import dataclasses
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.core import Tracer
+from jax.sharding import NamedSharding, PartitionSpec
+
+from ._partitions import axis_names, placed_along
 
 # The 4-bit normal floats (https://arxiv.org/abs/2305.14314, appendix E), as the paper's own code rounds them.
 NF4 = (
@@ -42,6 +46,8 @@ class Quantized:
     offset: of doubly quantised scales, what is added to them once they are dequantised; shaped to broadcast by blocks.
     table, scale_table (static): what the codes of the weight and of its scales stand for, as indices, if their qtype
     ("nf4", int8, ...) does not say it.
+    gather (static): how the last axes of the codes are split, as a PartitionSpec, where the dense weight is made of
+    them; None leaves it to the compiler. It counts on a mesh whose axes are all `Auto`.
     The weight is `((table[codes] - zero point) * scale).astype(dtype)`. Codes of four bits take half a byte each on
     devices; `.nbytes` of such an array says one.
 
@@ -57,6 +63,7 @@ class Quantized:
     offset: Any = None
     table: tuple[float, ...] | None = dataclasses.field(default=None, metadata={"static": True})
     scale_table: tuple[float, ...] | None = dataclasses.field(default=None, metadata={"static": True})
+    gather: PartitionSpec | None = dataclasses.field(default=None, metadata={"static": True})
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -107,7 +114,34 @@ def as_dense(leaf: Any) -> Any:
     return dense(leaf)
 
 
+def gathered_over(leaf: Quantized, axes: Collection[str]) -> Quantized:
+    """The leaf whose codes are brought together over these mesh axes before they are made dense.
+
+    What devices exchange is then codes, and no weights. A leaf that lies on no mesh stays as it is, and so does one
+    under `jit`, of which that is not known.
+    """
+    sharding = None if isinstance(leaf.array.qvalue, Tracer) else leaf.sharding
+    if not axes or not isinstance(sharding, NamedSharding):
+        return leaf
+    entries = (*sharding.spec, *(None,) * (leaf.ndim - len(sharding.spec)))
+    kept = [tuple(name for name in axis_names(entry) if name not in axes) for entry in entries]
+    return dataclasses.replace(leaf, gather=PartitionSpec(*(names or None for names in kept)))
+
+
+def _brought_together(leaf: Quantized) -> Quantized:
+    mesh = jax.typeof(leaf.array.qvalue).sharding.mesh
+    if leaf.gather is None or mesh.empty or not mesh.are_all_axes_auto:
+        return leaf
+    # Of a layer of a stack, the axes that are left.
+    entries = tuple(leaf.gather)[len(leaf.gather) - leaf.ndim :]
+    if len(entries) != leaf.ndim or not {name for entry in entries for name in axis_names(entry)} <= {*mesh.axis_names}:
+        return leaf
+    together = NamedSharding(mesh, PartitionSpec(*entries))
+    return jax.tree.map(lambda array: lax.with_sharding_constraint(array, placed_along(together, array)), leaf)
+
+
 def _dense(leaf: Quantized) -> jax.Array:
+    leaf = _brought_together(leaf)
     scale = _scale(leaf.array.scale, leaf.offset, leaf.scale_table)
     values = _values(leaf.array, leaf.table, scale.dtype)
     return by_blocks(jnp.multiply, values, scale).astype(leaf.dtype)

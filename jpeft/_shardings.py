@@ -12,9 +12,9 @@ from ._array_axes import OTHER, axes_of_shared, axes_of_weights, users_of_shared
 from ._base_specs import base_shardings, shape_of
 from ._contract import EMBEDDING, INPUT, OUTPUT, STACK, VOCABULARY, Site
 from ._params import Adapter, PeftParams
+from ._partitions import AnyMesh, axis_names, placed_along
 from ._paths import leaf_path, leaves_by_path
 from ._quantized import is_quantized
-from ._specs import AnyMesh, axis_names, placed_along
 from ._tokens import TokenRows
 from ._wrap import checked_params
 

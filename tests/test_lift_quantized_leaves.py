@@ -312,9 +312,13 @@ def test_memory_of_a_step_is_that_of_the_dense_weights():
 SPECS = {"dense": P("data", "model"), "query": P(None, "data", "model")}
 
 
-@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"])
+@pytest.mark.parametrize(
+    ("kind", "gather"),
+    [(AxisType.Auto, ()), (AxisType.Auto, ("data",)), (AxisType.Explicit, ("data",))],
+    ids=["auto", "auto, gathered as codes", "explicit"],
+)
 @pytest.mark.parametrize("config", [jpeft.LoraConfig, GainConfig])
-def test_on_a_mesh(kind, config):
+def test_on_a_mesh(kind, gather, config):
     mesh = jax.make_mesh((2, 2), ("data", "model"), axis_types=(kind, kind), devices=jax.devices()[:4])
     params = random_like({"dense": {"kernel": (8, 8)}, "layers": {STACK: {"query": {"kernel": (3, 8, 8)}}}}, 1)
     placed = {
@@ -322,10 +326,10 @@ def test_on_a_mesh(kind, config):
         "layers": {STACK: {"query": {"kernel": jax.device_put(stack(params), NamedSharding(mesh, SPECS["query"]))}}},
     }
     one_device = jpeft.quantize(params, "nf4", block=4)
-    quantised = jpeft.quantize(placed, "nf4", block=4)
+    quantised = jpeft.quantize(placed, "nf4", block=4, gather=gather)
     assert kernel(quantised).array.qvalue.sharding.spec == SPECS["dense"]
     assert stack(quantised).array.scale.qvalue.sharding.spec == SPECS["query"]
-    assert_close(jax.device_get(quantised), jax.device_get(one_device), 1e-6)
+    assert_close(*(jax.tree.leaves(jax.device_get(tree)) for tree in (quantised, one_device)), 1e-6)
     named = config(target_modules=["dense", "query"])
 
     def function(p, x, out=None):
@@ -349,6 +353,32 @@ def test_on_a_mesh(kind, config):
     assert all(bool(jnp.isfinite(leaf).all()) for leaf in jax.tree.leaves(gradient.adapters))
     assert kernel(merged).sharding.spec == SPECS["dense"]
     np.testing.assert_allclose(kernel(merged), kernel(jpeft.merge(adapted(one_device, named))), rtol=1e-5, atol=1e-6)
+
+
+VIEWED = {
+    "as it is": lambda w, x: x @ w,
+    "transposed": lambda w, x: x @ w.T,
+    "with axes more": lambda w, x: x @ jnp.broadcast_to(w, (1, 2, 8, 8))[0, 1],
+    "in parts": lambda w, x: jnp.einsum("bi,ijo->bo", x, w.reshape(8, 2, 4)),
+}
+
+
+@pytest.mark.parametrize("use", VIEWED.values(), ids=VIEWED)
+@pytest.mark.parametrize("place", ["its mesh", "another mesh", "one device", "its mesh, mapped"])
+def test_codes_are_gathered_on_their_own_mesh_alone(place, use):
+    mesh = jax.make_mesh((4,), ("data",), axis_types=(AxisType.Auto,), devices=jax.devices()[:4])
+    weight = random_like((8, 8), 1)
+    placed = jax.device_put(weight, NamedSharding(mesh, P("data")))
+    leaf = jpeft.quantize({"dense": {"kernel": placed}}, "int8", gather=("data",))["dense"]["kernel"]
+    assert leaf.gather == P(None, None)
+    other = jax.make_mesh((4,), ("other",), axis_types=(AxisType.Auto,), devices=jax.devices()[:4])
+    moved = {"another mesh": NamedSharding(other, P()), "one device": jax.devices()[0]}
+    leaf = jax.device_put(leaf, moved[place]) if place in moved else leaf
+    x = jnp.stack([jnp.asarray(X)] * 2)
+    call = jpeft.lift(lambda p, x: use(p["w"], x))
+    mapped = jax.vmap(call, in_axes=(None, 0)) if place.endswith("mapped") else lambda p, x: call(p, x[0])
+    got, want = jax.jit(mapped)({"w": leaf}, x), use(jax.device_get(jpeft.dequantize(leaf)), jnp.asarray(X))
+    np.testing.assert_allclose(got, jnp.broadcast_to(want, got.shape), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("devices", [2, 4], ids=["whole blocks", "blocks cut up"])

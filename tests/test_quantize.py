@@ -355,6 +355,15 @@ def test_leaves_that_are_no_weights_are_refused():
         jpeft.quantize(small, "int8")
 
 
+def test_mesh_axes_that_are_not_there_are_refused():
+    sharding = NamedSharding(jax.make_mesh((2,), ("data",), devices=jax.devices()[:2]), P("data"))
+    leaf = jax.ShapeDtypeStruct((16, 8), jnp.float32, sharding=sharding)
+    with pytest.raises(
+        ValueError, match=r"gather is \('fsdp',\), but 'm.kernel' is on a mesh of the axes \('data',\); ex"
+    ):
+        jpeft.quantize({"m": {"kernel": leaf}}, "int8", gather=("fsdp",))
+
+
 def test_zero_points_are_not_chosen_again():
     params, wrapped = wrapped_model()
     leaf = jpeft.quantize(params, "int8")["q"]["kernel"]

@@ -13,8 +13,8 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import PartitionSpec
 
+from .._partitions import parts_of, placed_along
 from .._quantized import Quantized, dense, with_leading
-from .._specs import parts_of, placed_along
 from ._jaxpr import Equation, explicit_sharding, has_effects, run_equation, with_dtype
 
 
@@ -178,8 +178,10 @@ def _with_qvalue(leaf: Quantized, qvalue: jax.Array) -> Quantized:
     return dataclasses.replace(leaf, array=dataclasses.replace(leaf.array, qvalue=qvalue))
 
 
-def _each(base: Codes, change: Callable[[jax.Array], jax.Array]) -> list[dict[str, Any]]:
-    return [{"leaf": jax.tree.map(change, base.leaf)}]
+def _each(base: Codes, change: Callable[[jax.Array], jax.Array], *, reordered: bool = False) -> list[dict[str, Any]]:
+    """reordered: whether the last axes are others than before."""
+    leaf = jax.tree.map(change, base.leaf)
+    return [{"leaf": dataclasses.replace(leaf, gather=None) if reordered else leaf}]
 
 
 def _same(equation: Equation, base: Codes) -> list[dict[str, Any]]:
@@ -209,11 +211,12 @@ def _resharded(equation: Equation, base: Codes) -> list[dict[str, Any]]:
 
 
 def _transpose(equation: Equation, base: Codes) -> list[dict[str, Any]]:
-    return _each(base, lambda array: lax.transpose(array, equation.params["permutation"]))
+    return _each(base, lambda array: lax.transpose(array, equation.params["permutation"]), reordered=True)
 
 
 def _squeeze(equation: Equation, base: Codes) -> list[dict[str, Any]]:
-    return _each(base, lambda array: lax.squeeze(array, equation.params["dimensions"]))
+    axes = equation.params["dimensions"]
+    return _each(base, lambda array: lax.squeeze(array, axes), reordered=set(axes) != set(range(len(axes))))
 
 
 def _broadcast(equation: Equation, base: Codes) -> list[dict[str, Any]]:
@@ -228,14 +231,14 @@ def _broadcast(equation: Equation, base: Codes) -> list[dict[str, Any]]:
             sizes[axis] = array.shape[position]
         return lax.broadcast_in_dim(array, sizes, kept)
 
-    return _each(base, change)
+    return _each(base, change, reordered=True)
 
 
 def _reshape(equation: Equation, base: Codes) -> list[dict[str, Any]]:
     if equation.params["dimensions"] is not None or explicit_sharding(_codes(base)) is not None:
         raise NotCodes("a reshape of sharded arrays, or one that transposes")
     new = equation.params["new_sizes"]
-    return _each(base, lambda array: lax.reshape(array, _reshaped(base.shape, new, array.shape)))
+    return _each(base, lambda array: lax.reshape(array, _reshaped(base.shape, new, array.shape)), reordered=True)
 
 
 def _reshaped(old: Sequence[int], new: Sequence[int], own: Sequence[int]) -> list[int]:

@@ -170,3 +170,21 @@ def test_tokens_are_looked_up_without_the_table_and_the_whole_batch_in_one_place
     assert {kind for kind, *_ in found} == {"all-gather", "all-reduce", "all-to-all"}
     # What a device has of the result.
     assert max(math.prod(shape) for _, shape, *_ in found) <= ROWS // 4 * LENGTH * WIDTH
+
+
+@pytest.mark.parametrize("gather", [("fsdp",), ()], ids=["as codes", "by the compiler"])
+@pytest.mark.parametrize("sizes", ["fsdp", "both"])
+def test_quantised_weights_travel_as_codes(sizes, gather):
+    mesh = mesh_of(**MESHES[sizes])
+    apply, params, targets = llama(mesh)
+    wrapped = jpeft.wrap(jpeft.quantize(params, "int8", gather=gather), METHODS["lora"](targets))
+    wrapped = placed(wrapped, jpeft.shardings(wrapped, mesh, tiny=0))
+
+    def step(wrapped, x):
+        return jpeft.grad(lambda wrapped, x: jpeft.lift(apply)(wrapped, x))(wrapped, x).adapters
+
+    text = jax.jit(step).lower(wrapped, hidden(mesh)).compile().as_text()
+    tensor = MESHES[sizes].get("tp", 1)
+    weights = {math.prod(leaf.shape[1:]) // tensor for path, leaf in leaves_by_path(params).items() if "proj" in path}
+    gathered = {one.dtype for one in collectives(text) if one.kind == "all-gather" and math.prod(one.shape) in weights}
+    assert ("s8" in gathered) == bool(gather) and ("f32" in gathered) != bool(gather)

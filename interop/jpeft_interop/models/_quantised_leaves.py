@@ -10,8 +10,8 @@ import numpy as np
 from jax.sharding import NamedSharding
 
 from jpeft._formats import imported_qwix
+from jpeft._partitions import placed_along
 from jpeft._quantized import Quantized
-from jpeft._specs import placed_along
 
 from ._assembly import Pieced, place
 from ._parameters import Piece

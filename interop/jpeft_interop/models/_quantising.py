@@ -7,15 +7,16 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import NamedSharding
+from jax.sharding import Mesh, NamedSharding
 
 import jpeft
 from jpeft._formats import Plan, plan_of
 from jpeft._quantize import quantised_by
-from jpeft._quantized import Quantized, is_quantized
+from jpeft._quantized import Quantized, gathered_over, is_quantized
 from jpeft._stacks import placed_layers
 
 from ._assembly import Pieced, place
+from ._default_rules import FSDP
 from ._leaves import flatten, nest
 
 Quantise = Callable[[Any], Any]
@@ -70,6 +71,12 @@ def quantised_while_read(
         return jnp.concatenate(arrays).reshape(*shape[:stacked], *arrays[0].shape[stacked:])
 
     return jax.tree.map(stack, *layers)
+
+
+def as_codes_between_devices(leaves: Mapping[str, Any], mesh: Mesh | None) -> dict[str, Any]:
+    """The leaves, of which quantised ones on a mesh with an axis "fsdp" are brought together over it as codes."""
+    axes = () if mesh is None else tuple(name for name in (FSDP,) if name in mesh.axis_names)
+    return {path: gathered_over(leaf, axes) if is_quantized(leaf) else leaf for path, leaf in leaves.items()}
 
 
 def _one(sizes: tuple[int, ...], stacked: int) -> tuple[int, ...]:

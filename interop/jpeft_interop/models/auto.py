@@ -19,7 +19,7 @@ from ._hub import local_folder
 from ._leaves import abstract_value, initial_value, nest
 from ._loading import load, match
 from ._model import FlaxModel
-from ._quantising import Quantise, quantiser
+from ._quantising import Quantise, as_codes_between_devices, quantiser
 from ._shardings import Rules, automatic, placement
 from ._stack import check_remat
 from ._tensors import catalogue, weight_files
@@ -164,7 +164,8 @@ class AutoModel:
             std=plan.config.initializer_range,
             quantise=quantise,
         )
-        return FlaxModel(nest(arrays), plan.config, raw, str(name_or_path), plan, read_generation_config(folder))
+        params = nest(as_codes_between_devices(arrays, options.mesh))
+        return FlaxModel(params, plan.config, raw, str(name_or_path), plan, read_generation_config(folder))
 
     def from_config(
         self,

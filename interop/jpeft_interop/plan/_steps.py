@@ -34,7 +34,8 @@ def adapter_step(
 ) -> Step:
     """The step of an adapter, as `jpeft.make_train_step` makes it."""
     placed = jax.tree.map(lambda leaf: leaf.sharding, work.model.params)
-    params = jpeft.quantize(work.model.params, quantize) if quantize else work.model.params
+    gather = tuple(name for name in ("fsdp",) if name in work.mesh.axis_names)
+    params = jpeft.quantize(work.model.params, quantize, gather=gather) if quantize else work.model.params
     # Without values: nothing of the model's size may be made.
     wrapped = jpeft.wrap(params, config, layouts=work.model.blueprint.family.layouts)
     wrapped = on_mesh(wrapped, jpeft.shardings(wrapped, work.mesh, base=placed))
