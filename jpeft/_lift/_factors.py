@@ -8,10 +8,10 @@ import dataclasses
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 from .._config import FrozenMapping
 from .._contract import OUTPUT, STACK, WINDOW
+from . import _labels as lab
 from ._jaxpr import JIT_PRIMITIVES
 from ._weight import RANK, AdaptedWeight, Term, is_adapted, of_role, over_stack, weight_axes
 
@@ -50,8 +50,8 @@ def with_factors(term: Term) -> Term:
     a, b = mapped(arrays)
     sizes = {axis: axis.size for axis in axes}
     rank = a.shape[len(stack)]
-    a = jnp.reshape(a, (*a.shape[: len(stack)], rank, *(sizes[axis] for axis in (*inputs, *windows))))
-    b = jnp.reshape(b, (*b.shape[: len(stack)], rank, *(sizes[axis] for axis in outputs)))
+    a = lab.reshape(a, (*a.shape[: len(stack)], rank, *(sizes[axis] for axis in (*inputs, *windows))))
+    b = lab.reshape(b, (*b.shape[: len(stack)], rank, *(sizes[axis] for axis in outputs)))
     labels = {"a": (*stack, RANK, *inputs, *windows), "b": (*stack, RANK, *outputs)}
     kept = {name: array for name, array in term.arrays.items() if name == "key"}
     return dataclasses.replace(
