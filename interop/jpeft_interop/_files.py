@@ -23,7 +23,7 @@ def write_tensors(path: Path, tensors: Mapping[str, np.ndarray], metadata: Mappi
     except SafetensorError as error:
         raise OSError(f"{path} cannot be written: {error}") from error
     flush(path)
-    with _opened(path) as file:
+    with opened(path) as file:
         same = set(file.keys()) == set(ordered) and all(
             _same(file.get_tensor(name), tensor) for name, tensor in ordered.items()
         )
@@ -42,17 +42,18 @@ def read_tensors(path: Path) -> dict[str, np.ndarray]:
 
     Raises ValueError if the file is truncated, damaged or no safetensors file, FileNotFoundError if there is none.
     """
-    with _opened(path) as file:
+    with opened(path) as file:
         return {name: file.get_tensor(name) for name in file.keys()}
 
 
 def read_metadata(path: Path) -> dict[str, str]:
     """What the header of a file says besides its tensors; raises what `read_tensors` raises."""
-    with _opened(path) as file:
+    with opened(path) as file:
         return dict(file.metadata() or {})
 
 
-def _opened(path: Path) -> Any:
+def opened(path: Path) -> Any:
+    """A file to read tensors from one by one; raises ValueError for one that is damaged."""
     try:
         return safe_open(path, framework="np")
     except SafetensorError as error:

@@ -45,10 +45,6 @@ def constant_variables(jaxpr: Jaxpr) -> Sequence[Any]:
     return opened(jaxpr).constvars if constants(jaxpr) else ()
 
 
-def run_whole(jaxpr: Jaxpr, args: Sequence[Any]) -> list[Any]:
-    return jax.core.eval_jaxpr(opened(jaxpr), constants(jaxpr), *args)
-
-
 def run_block(
     equations: Sequence[Equation], inputs: Sequence[Any], outputs: Sequence[Any], args: Sequence[Any]
 ) -> list:

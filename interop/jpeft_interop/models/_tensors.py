@@ -9,8 +9,8 @@ from typing import Any, Protocol
 
 import jax.numpy as jnp
 import numpy as np
-from safetensors import SafetensorError, safe_open
 
+from .._files import opened
 from ._leaves import listed
 
 READABLE: Mapping[str, Any] = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": jnp.bfloat16}
@@ -95,16 +95,6 @@ def weight_files(folder: Path) -> list[Path]:
     )
 
 
-def _opened(file: Path) -> Any:
-    try:
-        return safe_open(file, framework="numpy")
-    except SafetensorError as error:
-        raise ValueError(
-            f"{file} ({file.stat().st_size} bytes) is truncated, damaged, or no safetensors file: {error}. "
-            "Copy or download it again"
-        ) from error
-
-
 def catalogue(files: Iterable[Path]) -> dict[str, Tensor]:
     """The tensors of some safetensors files, by name.
 
@@ -122,7 +112,7 @@ def catalogue(files: Iterable[Path]) -> dict[str, Tensor]:
 
 def _header(file: Path) -> tuple[int, dict[str, Any]]:
     """Where the data of a file begin, and what it says of each tensor."""
-    with _opened(file), file.open("rb") as stream:  # Opening it as safetensors checks the header against the file.
+    with opened(file), file.open("rb") as stream:  # Opening it as safetensors checks the header against the file.
         length = int.from_bytes(stream.read(8), "little")
         return 8 + length, json.loads(stream.read(length))
 

@@ -64,7 +64,7 @@ def plan(
     accumulate: micro-batches a step. optimizer: None is `optax.adamw(1e-4)`, whose moments are in the dtype of what
     trains. full, floor: whether those steps are compiled, too. search: whether the largest batch that fits is searched
     for, with about four more compilations for each step. memory: GiB of a device, in the place of what is known.
-    effort: of the compiler, from -1 to 1; at -1 it is several times as quick, and its program takes some more memory
+    effort: of the compiler, from -1 to 1; at -1 it can be several times as quick; its program's memory is another
     (not with JAX 0.12, which has no such setting).
     progress: whether a bar is shown.
 
