@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 import jax
 import jax.numpy as jnp
 
+from ._adaption import Prompt
 from ._cache import Cache, Memory, padded_to
 
 Rotary = tuple[jax.Array, jax.Array]
@@ -32,7 +33,8 @@ class Context:
     `masks` and `rotary`: by kind of attention, for models whose layers differ in it. `start`: the slot of the cache
     that the first token goes to; None without a cache. `capacity`: the length of the cache to be made, if one is.
     `bias`: what is added to the scores of every layer, for models whose positions are there. `encoded`: the encoder's
-    output, for a decoder that attends to it; None where the cache holds its keys and values.
+    output, for a decoder that attends to it; None where the cache holds its keys and values. `adaption`: the adaption
+    prompt of this layer alone.
     """
 
     masks: Mapping[str, AttentionMask]
@@ -41,6 +43,7 @@ class Context:
     capacity: int | None = None
     bias: jax.Array | None = None
     encoded: jax.Array | None = None
+    adaption: Prompt | None = None
 
 
 def remember(

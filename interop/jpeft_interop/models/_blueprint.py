@@ -10,6 +10,7 @@ from flax import nnx
 import jpeft
 from jpeft._quantized import is_quantized
 
+from ._adaption import ADAPTION_PROMPTS, by_layer
 from ._family import Architecture, Family, Options
 from ._leaves import Leaf, check_paths, flatten, leaves_of
 from ._spread import spread_scores
@@ -40,9 +41,12 @@ def blueprint(family: Family, architecture: Architecture, config: Any, options: 
 def run_network(blueprint: Blueprint, params: Params, given: Mapping[str, Any]) -> Any:
     """Call the network with these parameters, of which quantised ones become weights where they are used.
 
-    Raises ValueError if they are not structured as the model's.
+    Raises ValueError if they are not structured as the model's, and what is wrong with adaption prompts.
     """
     check_paths(params, blueprint.leaves)
     if any(is_quantized(leaf) for _, leaf in flatten(params)):
         return jpeft.lift(partial(run_network, blueprint))(params, given)
+    if ADAPTION_PROMPTS in given:
+        prompts = by_layer(given[ADAPTION_PROMPTS], blueprint.leaves, blueprint.family)
+        given = {**given, ADAPTION_PROMPTS: prompts}
     return spread_scores(nnx.merge(blueprint.graphdef, params)(**given), blueprint.options.mesh)

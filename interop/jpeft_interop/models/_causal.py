@@ -1,12 +1,14 @@
 """What decoders with layer norms share: attention to what came before, and the way through all layers."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from ._activations import activation
+from ._adaption import Prompt
 from ._attention import Context, attend, remember, split_heads, visible
 from ._cache import Memory
 from ._call import DecoderCall, cache_after
@@ -75,13 +77,18 @@ def through(
     *,
     options: Options,
     collect: bool,
+    adaption_prompts: Mapping[int, Prompt] | None = None,
 ) -> BaseModelOutput:
-    """Put the embedded input through all layers `(x, context, memory) -> (x, memory)`, and then through `finish`."""
+    """Put the embedded input through all layers `(x, context, memory) -> (x, memory)`, and then through `finish`.
+
+    `adaption_prompts`: what the context of single layers holds besides, by number.
+    """
     x, memories, entered = run(
         modules,
         x,
-        lambda layer, x, memory: layer(x, context, memory),
+        lambda layer, x, memory, own: layer(x, context if own is None else replace(context, adaption=own), memory),
         memories=None if call.cache is None else call.cache.layers,
+        own=adaption_prompts,
         options=options,
         collect=collect,
     )

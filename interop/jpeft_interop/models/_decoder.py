@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from ._activations import activation
+from ._adaption import Prompt, attend_to_prompt
 from ._attention import Context, attend, remember, split_heads
 from ._cache import Cache, Memory
 from ._call import begin, context_of
@@ -166,7 +167,12 @@ class Attention(nnx.Module):
         if self.q_norm is not None and self.k_norm is not None:
             query, key = self.q_norm(query), self.k_norm(key)
         y, memory = self.rotated(query, key, value, context, memory)
+        if context.adaption is not None:
+            y = y + attend_to_prompt(context.adaption, self.rotated.rotate(query, context), self._of_prompt)
         return self.o_proj(y), memory
+
+    def _of_prompt(self, rows: jax.Array) -> tuple[jax.Array, ...]:
+        return tuple(split_heads(layer(rows), self.rotated.head_dim) for layer in (self.k_proj, self.v_proj))
 
 
 class RotaryAttention:
@@ -179,10 +185,13 @@ class RotaryAttention:
     def __call__(
         self, query: jax.Array, key: jax.Array, value: jax.Array, context: Context, memory: Memory | None
     ) -> tuple[jax.Array, Memory | None]:
-        rotary = context.rotary[self.kind]
-        key, value, memory = remember(memory, context, apply_rotary(key, *rotary), value)
-        query, mask = apply_rotary(query, *rotary), context.masks[self.kind]
+        key, value, memory = remember(memory, context, self.rotate(key, context), value)
+        query, mask = self.rotate(query, context), context.masks[self.kind]
         return attend(query, key, value, mask, scale=self.scale, softcap=self.softcap), memory
+
+    def rotate(self, x: jax.Array, context: Context) -> jax.Array:
+        """Queries or keys `(batch, length, heads, head_dim)` at their positions."""
+        return apply_rotary(x, *context.rotary[self.kind])
 
 
 def gated_mlp(config: DecoderConfig) -> GatedMLP:
@@ -242,6 +251,7 @@ class Decoder(nnx.Module):
         past_key_values: Cache | None = None,
         cache_length: int | None = None,
         output_hidden_states: bool = False,
+        adaption_prompts: Mapping[int, Prompt] | None = None,
     ) -> BaseModelOutput:
         config = self.config
         x = embed_tokens(self.embed_tokens, input_ids, inputs_embeds, self.options)
@@ -251,4 +261,13 @@ class Decoder(nnx.Module):
         windows = {kind: config.sliding_window if kind == SLIDING else None for kind, _ in config.ropes}
         rotary = {kind: rotary_tables(rope, call.positions, x.dtype) for kind, rope in config.ropes}
         context = context_of(call, windows, rotary)
-        return through(self.layers, x, call, context, self.norm, options=self.options, collect=output_hidden_states)
+        return through(
+            self.layers,
+            x,
+            call,
+            context,
+            self.norm,
+            options=self.options,
+            collect=output_hidden_states,
+            adaption_prompts=adaption_prompts,
+        )

@@ -61,7 +61,7 @@ def run_encoder(
     modules: nnx.Dict, x: jax.Array, layer: Callable[[Any, jax.Array], jax.Array], options: Options, *, collect: bool
 ) -> tuple[jax.Array, tuple[jax.Array, ...]]:
     """Put `x` through all layers by `layer(module, x)`. Returns it and, if `collect`, what went into every layer."""
-    x, _, entered = run(modules, x, lambda module, x, _: (layer(module, x), None), options=options, collect=collect)
+    x, _, entered = run(modules, x, lambda module, x, *_: (layer(module, x), None), options=options, collect=collect)
     return x, entered
 
 

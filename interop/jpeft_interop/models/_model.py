@@ -10,6 +10,7 @@ from jax.typing import ArrayLike
 
 from jpeft import PeftParams
 
+from ._adaption import with_prompts
 from ._blueprint import Blueprint, Params, run_network
 from ._cache import Cache
 from ._decoding import LogitsProcessor
@@ -59,6 +60,7 @@ class FlaxModel:
         output_hidden_states: bool = False,
         logits_to_keep: int | None = None,
         loss_chunk_size: int | None = None,
+        adaption_prompts: Mapping[str, Mapping[str, ArrayLike]] | None = None,
         **inputs: ArrayLike | None,
     ) -> Any:
         """Run the network: a pure function of `params` and the inputs, for use under jit, grad, vmap and scan.
@@ -72,6 +74,10 @@ class FlaxModel:
         class, too: `causal_lm_loss`, `cross_entropy`, `classification_loss` with the config's problem_type, or
         `question_answering_loss` of this package. Labels that are -100 do not count. A decoder that is given no input
         gets the labels, one token later.
+
+        `adaption_prompts`, of Llama, Mistral and GPT-2: {path of a layer's attention: {"adaption_prompt": (1, n,
+        hidden), "adaption_gate": (1,)}}, as the `weights` of an adapter of `jpeft.AdaptionPromptConfig` are;
+        `jpeft_interop.prepare_inputs` puts those of the active adapter there.
 
         The rest is static under jit. `output_hidden_states`: whether to return `hidden_states`. `logits_to_keep`: of
         a causal language model, return the logits of that many last tokens only. `cache_length`: return
@@ -105,7 +111,8 @@ class FlaxModel:
         if loss_chunk_size is not None:
             self._check_chunks(targets, logits_to_keep)
             given |= targets
-        output = run_network(self.blueprint, params, {**{k: jnp.asarray(v) for k, v in given.items()}, **static})
+        arrays = {k: jnp.asarray(v) for k, v in given.items()}
+        output = run_network(self.blueprint, params, {**arrays, **with_prompts(adaption_prompts), **static})
         if not targets or loss_chunk_size is not None:
             return output
         classify, problem = self.blueprint.family.classification_loss, self.config_dict.get("problem_type")

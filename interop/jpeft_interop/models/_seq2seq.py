@@ -238,7 +238,7 @@ def run_layers(
     return run(
         modules,
         x,
-        lambda layer, x, memory: layer(x, context, memory),
+        lambda layer, x, memory, own: layer(x, context, memory),
         memories=None if cache is None else cache.layers,
         options=options,
         collect=collect,

@@ -9,6 +9,7 @@ from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 
 from jpeft import save_adapted_products
@@ -31,8 +32,8 @@ REMAT_POLICIES = {
 }
 """Policies of `jax.checkpoint` that need no arguments, from the least memory to the most."""
 
-Layer = Callable[[nnx.Module, Any, Any], tuple[Any, Any]]
-"""`(module, x, memory) -> (x, memory)`."""
+Layer = Callable[[nnx.Module, Any, Any, Any], tuple[Any, Any]]
+"""`(module, x, memory, own) -> (x, memory)`."""
 
 
 def layers(make: Callable[[int], nnx.Module], kinds: Sequence[Hashable], options: Options) -> nnx.Dict:
@@ -76,20 +77,23 @@ def run(
     layer: Layer,
     *,
     memories: Mapping[str, Any] | None = None,
+    own: Mapping[int, Any] | None = None,
     options: Options,
     collect: bool = False,
 ) -> tuple[Any, dict[str, Any], tuple[Any, ...]]:
-    """Put `x` through all layers by `layer(module, x, memory)`.
+    """Put `x` through all layers by `layer(module, x, memory, own)`.
 
-    `memories`: what each layer kept from an earlier call, by name. Returns x, the layers' new memories by name, and,
-    if `collect`, what went into every layer. On a mesh, x is spread before each layer and after it.
+    `memories`: what each layer kept from an earlier call, by name. `own`: what single layers are given of their own, by
+    number, trees of arrays that are alike; the other layers are given None, or zeros within a stack that has some.
+    Returns x, the layers' new memories by name, and, if `collect`, what went into every layer. On a mesh, x is spread
+    before each layer and after it.
     """
     memories = {} if memories is None else memories
     kept: dict[str, Any] = {}
     inputs: list[Any] = []
     x = spread(x, options.mesh)
     for names in _in_order(modules):
-        given = {name: memories.get(name) for name in names}
+        given = {name: (memories.get(name), _own_of(name, own or {})) for name in names}
         x, new, entered = _run_group({name: modules[name] for name in names}, x, layer, given, options, collect)
         kept |= {name: memory for name, memory in new.items() if memory is not None}
         inputs += entered
@@ -105,41 +109,52 @@ def _in_order(modules: nnx.Dict) -> list[list[str]]:
     return list(groups.values())
 
 
+def _own_of(name: str, own: Mapping[int, Any]) -> Any:
+    numbers = stacked_numbers(name)
+    if numbers is None:
+        return own.get(int(name))
+    first = next((own[number] for number in numbers if number in own), None)
+    if first is None:
+        return None
+    nothing = jax.tree.map(jnp.zeros_like, first)
+    return jax.tree.map(lambda *arrays: jnp.stack(arrays), *(own.get(number, nothing) for number in numbers))
+
+
 def _run_group(
     modules: Mapping[str, nnx.Module],
     x: Any,
     layer: Layer,
-    memories: Mapping[str, Any],
+    given: Mapping[str, tuple[Any, Any]],
     options: Options,
     collect: bool,
 ) -> tuple[Any, Mapping[str, Any], list[Any]]:
     split = {name: nnx.split(module) for name, module in modules.items()}
     graphdefs = {name: graphdef for name, (graphdef, _) in split.items()}
 
-    def one(name: str, state: Any, x: Any, memory: Any) -> tuple[Any, Any]:
-        def call(state: Any, x: Any, memory: Any) -> tuple[Any, Any]:
-            return layer(nnx.merge(graphdefs[name], state), x, memory)
+    def one(name: str, state: Any, x: Any, memory: Any, own: Any) -> tuple[Any, Any]:
+        def call(state: Any, x: Any, memory: Any, own: Any) -> tuple[Any, Any]:
+            return layer(nnx.merge(graphdefs[name], state), x, memory, own)
 
         if options.remat is not None:
             # Within a scan nothing can be merged across the boundary, and the barriers would only cost time.
             call = jax.checkpoint(call, policy=REMAT_POLICIES[options.remat], prevent_cse=not scanned)
-        return call(state, x, memory)
+        return call(state, x, memory, own)
 
-    def all_of(x: Any, given: Any) -> tuple[Any, Any]:
-        states, memories = given
+    def all_of(x: Any, each: Any) -> tuple[Any, Any]:
+        states, given = each
         new, entered = {}, []
         for name in modules:
             entered.append(x if collect else None)
-            x, new[name] = one(name, states[name], x, memories[name])
+            x, new[name] = one(name, states[name], x, *given[name])
             x = spread(x, options.mesh)
         return x, (new, entered)
 
     scanned = stacked_numbers(next(iter(modules))) is not None
     states = {name: state for name, (_, state) in split.items()}
     if not scanned:
-        x, (new, entered) = all_of(x, (states, memories))
+        x, (new, entered) = all_of(x, (states, given))
         return x, new, [value for value in entered if value is not None]
-    x, (new, entered) = jax.lax.scan(all_of, x, (states, memories))
+    x, (new, entered) = jax.lax.scan(all_of, x, (states, given))
     return x, new, _interleaved(entered) if collect else []
 
 

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from ._activations import activation
+from ._adaption import Prompt, attend_to_prompt
 from ._attention import Context, split_heads
 from ._cache import Cache, Memory
 from ._call import begin, context_of
@@ -90,9 +91,16 @@ class Attention(nnx.Module):
         self.head_dim, self.scale = config.hidden_size // config.num_attention_heads, scale
 
     def __call__(self, x: jax.Array, context: Context, memory: Memory | None) -> tuple[jax.Array, Memory | None]:
-        query, key, value = (split_heads(part, self.head_dim) for part in jnp.split(self.c_attn(x), 3, axis=-1))
+        query, key, value = self._split(x)
         y, memory = look_back(query, key, value, context, memory, scale=self.scale)
-        return self.c_proj(y), memory
+        y = self.c_proj(y)
+        if context.adaption is not None:
+            # As in PEFT, which here adds it after the output projection.
+            y = y + attend_to_prompt(context.adaption, query, lambda rows: self._split(rows)[1:])
+        return y, memory
+
+    def _split(self, x: jax.Array) -> tuple[jax.Array, ...]:
+        return tuple(split_heads(part, self.head_dim) for part in jnp.split(self.c_attn(x), 3, axis=-1))
 
 
 class MLP(nnx.Module):
@@ -143,6 +151,7 @@ class GPT2Model(nnx.Module):
         past_key_values: Cache | None = None,
         cache_length: int | None = None,
         output_hidden_states: bool = False,
+        adaption_prompts: Mapping[int, Prompt] | None = None,
     ) -> BaseModelOutput:
         x = embed_tokens(self.wte, input_ids, inputs_embeds, self.options)
         call = begin(x.shape[0], x.shape[1], attention_mask, position_ids, past_key_values, cache_length)
@@ -151,7 +160,16 @@ class GPT2Model(nnx.Module):
         if token_type_ids is not None:
             x = x + self.wte(token_type_ids, x.dtype)
         context = context_of(call, {FULL: None})
-        return through(self.h, x, call, context, self.ln_f, options=self.options, collect=output_hidden_states)
+        return through(
+            self.h,
+            x,
+            call,
+            context,
+            self.ln_f,
+            options=self.options,
+            collect=output_hidden_states,
+            adaption_prompts=adaption_prompts,
+        )
 
 
 GPT2 = decoder_family(
@@ -164,5 +182,6 @@ GPT2 = decoder_family(
     embedding="wte",
     token_head="classifier",
     inputs=("input_ids", "attention_mask", "token_type_ids", "position_ids", "inputs_embeds"),
+    adapted_attention="attn",
     unused=(r"attn\.bias$", r"attn\.masked_bias$"),
 )

@@ -45,5 +45,7 @@ def layer(config: DecoderConfig, number: int) -> PreNormLayer:
 
 LlamaModel = partial(Decoder, layer=layer)
 
-LLAMA = decoder_family("llama", read_llama, LlamaModel, class_names("Llama"))
-MISTRAL = decoder_family("mistral", read_mistral, LlamaModel, class_names("Mistral"), qa_prefix="model")
+LLAMA = decoder_family("llama", read_llama, LlamaModel, class_names("Llama"), adapted_attention="self_attn")
+MISTRAL = decoder_family(
+    "mistral", read_mistral, LlamaModel, class_names("Mistral"), qa_prefix="model", adapted_attention="self_attn"
+)
