@@ -16,7 +16,13 @@ from ._arrow import create_arrow_adapter as create_arrow_adapter
 from ._capture import capture_inputs as capture_inputs
 from ._checkpoint import Checkpointer as Checkpointer
 from ._chunked_loss import chunked_cross_entropy as chunked_cross_entropy
-from ._config import PeftConfig as PeftConfig, PeftType as PeftType, TaskType as TaskType, TunerConfig as TunerConfig
+from ._config import (
+    PeftConfig as PeftConfig,
+    PeftType as PeftType,
+    PromptLearningConfig as PromptLearningConfig,
+    TaskType as TaskType,
+    TunerConfig as TunerConfig,
+)
 from ._context import with_context as with_context
 from ._conversion import convert_to_plain_lora as convert_to_plain_lora
 from ._convert import convert_to_lora as convert_to_lora, reduce_intruder_dimension as reduce_intruder_dimension
@@ -49,6 +55,7 @@ from ._population import (
 from ._quantize import dequantize as dequantize, quantize as quantize
 from ._quantized import Quantized as Quantized
 from ._remat import save_adapted_products as save_adapted_products
+from ._shadow import shadow_injection as shadow_injection, shadow_update as shadow_update
 from ._shardings import shardings as shardings
 from ._task_vectors import (
     calculate_majority_sign_mask as calculate_majority_sign_mask,
@@ -71,6 +78,7 @@ from ._train import (
 )
 from ._train_state import TrainState as TrainState, train_state as train_state
 from ._train_step import make_train_step as make_train_step
+from ._virtual_tokens import with_virtual_tokens as with_virtual_tokens
 from ._weighted import add_weighted_adapter as add_weighted_adapter
 from ._wrap import disable_adapters as disable_adapters, set_adapter as set_adapter, unwrap as unwrap, wrap as wrap
 from .methods import lora_residual as _lora_residual  # noqa: F401 (its methods register themselves)
@@ -112,10 +120,13 @@ from .methods.monteclora import monteclora_loss as monteclora_loss
 from .methods.oft import OFTConfig as OFTConfig, oft_projection as oft_projection
 from .methods.osf import OSFConfig as OSFConfig
 from .methods.peanut import PeanutConfig as PeanutConfig
+from .methods.poly import PolyConfig as PolyConfig
+from .methods.prompt_tuning import PromptTuningConfig as PromptTuningConfig
 from .methods.psoft import PsoftConfig as PsoftConfig
 from .methods.pvera import PveraConfig as PveraConfig
 from .methods.randlora import RandLoraConfig as RandLoraConfig
 from .methods.road import RoadConfig as RoadConfig
+from .methods.shadow import ShadowConfig as ShadowConfig
 from .methods.shira import ShiraConfig as ShiraConfig
 from .methods.supertuning import SupertuningConfig as SupertuningConfig
 from .methods.tinylora import TinyLoraConfig as TinyLoraConfig

@@ -34,6 +34,10 @@ def axes_of_weights(adapter: Adapter) -> dict[str, dict[str, str]]:
     >>> axes_of_weights(wrapped.adapters["default"])
     {'query': {'lora_A': '.i', 'lora_B': 'o.'}}
     """
+    if _stands_beside(adapter):
+        return {
+            path: {name: OTHER * array.ndim for name, array in own.items()} for path, own in adapter.weights.items()
+        }
     wide, tall = (_grown(adapter, letters).weights for letters in (_INPUTS, _OUTPUTS))
     found: dict[str, dict[str, str]] = {}
     for path, arrays in adapter.weights.items():
@@ -52,6 +56,8 @@ def axes_of_shared(adapter: Adapter) -> dict[str, str]:
     """{name of a shared array: letters}, by the modules that use it; an axis has to be the inputs of all of them."""
     if not adapter.shared:
         return {}
+    if _stands_beside(adapter):
+        return {name: OTHER * array.ndim for name, array in adapter.shared.items()}
     wide, tall = (_grown(adapter, letters).shared for letters in (_INPUTS, _OUTPUTS))
     users = users_of_shared(adapter)
     return {
@@ -85,6 +91,11 @@ def _grown(adapter: Adapter, letters: str) -> Adapter:
 
 def _config(adapter: Adapter) -> Any:
     return adapter.config.row if isinstance(adapter.config, MixedConfig) else adapter.config
+
+
+def _stands_beside(adapter: Adapter) -> bool:
+    """Whether its arrays follow no module, so that every device has all of them: prompts, prefixes."""
+    return method_of(_config(adapter)).begin is not None
 
 
 def _together(adapter: Adapter) -> bool:

@@ -23,9 +23,12 @@ class PeftType(enum.StrEnum):
     LORA = "LORA"
     ADALORA = "ADALORA"
     ADAMSS = "ADAMSS"
+    ADAPTION_PROMPT = "ADAPTION_PROMPT"
     BEFT = "BEFT"
     BOFT = "BOFT"
     C3A = "C3A"
+    CARTRIDGE = "CARTRIDGE"
+    CPT = "CPT"
     DEFT = "DEFT"
     DELORA = "DELORA"
     FOURIERFT = "FOURIERFT"
@@ -40,13 +43,19 @@ class PeftType(enum.StrEnum):
     LOHA = "LOHA"
     LOKR = "LOKR"
     MISS = "MISS"
+    MULTITASK_PROMPT_TUNING = "MULTITASK_PROMPT_TUNING"
     OFT = "OFT"
     OSF = "OSF"
     PEANUT = "PEANUT"
+    POLY = "POLY"
+    PREFIX_TUNING = "PREFIX_TUNING"
+    PROMPT_TUNING = "PROMPT_TUNING"
     PSOFT = "PSOFT"
     PVERA = "PVERA"
+    P_TUNING = "P_TUNING"
     RANDLORA = "RANDLORA"
     ROAD = "ROAD"
+    SHADOW = "SHADOW"
     SHIRA = "SHIRA"
     SUPERTUNING = "SUPERTUNING"
     TINYLORA = "TINYLORA"
@@ -55,6 +64,7 @@ class PeftType(enum.StrEnum):
     VBLORA = "VBLORA"
     VERA = "VERA"
     WAVEFT = "WAVEFT"
+    XLORA = "XLORA"
 
 
 class FrozenMapping(Mapping[Any, Any]):
@@ -163,3 +173,38 @@ class TunerConfig(PeftConfig):
                 f"layers_pattern is {self.layers_pattern!r} while layers_to_transform is None; "
                 "give the indices of the layers in layers_to_transform"
             )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PromptLearningConfig(PeftConfig):
+    """The fields of methods that learn a prompt: rows before the input, or keys and values before those of attention.
+
+    num_virtual_tokens: length of the prompt. token_dim: size of an embedding; of a prefix, of the keys of one layer.
+    num_transformer_submodules: 2 for an encoder and a decoder, whose prompts follow one another; None: by task_type.
+    num_attention_heads (of keys and values), num_layers: of the model, for a prefix. What is None is taken from the
+    model's parameters or its config where they tell. modules_to_save: modules trained and saved in full.
+    """
+
+    num_virtual_tokens: int | None = None
+    token_dim: int | None = None
+    num_transformer_submodules: int | None = None
+    num_attention_heads: int | None = None
+    num_layers: int | None = None
+    modules_to_save: tuple[str, ...] | list[str] | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if isinstance(self.modules_to_save, str):
+            raise TypeError(f"modules_to_save is {self.modules_to_save!r}; expected a list of names")
+        sizes = ("num_virtual_tokens", "token_dim", "num_attention_heads", "num_layers", "num_transformer_submodules")
+        for name in sizes:
+            value = getattr(self, name)
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+                raise ValueError(f"{name} is {value!r}; expected a whole number of at least 1, or None")
+
+    @property
+    def submodules(self) -> int:
+        """How many prompts there are: one, or one for the encoder and one for the decoder."""
+        if self.num_transformer_submodules is not None:
+            return self.num_transformer_submodules
+        return 2 if self.task_type == TaskType.SEQ_2_SEQ_LM else 1

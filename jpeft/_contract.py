@@ -116,10 +116,12 @@ class RowInput:
 
     read(value) -> array (rows, ...), from what `with_context` was given; raises ValueError for what is no such array.
     plain: the entry of a row with which the method is the plain one of its config class; None if there is none.
+    check(array, config): raises ValueError for entries that are nothing to an adapter of this config, if they are known.
     """
 
     read: Callable[[Any], jax.Array]
     plain: Any = None
+    check: Callable[[jax.Array, Any], None] | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -155,6 +157,12 @@ class Method:
     row_inputs: {name: RowInput} that a call has to bring; a `forward` without factors finds the arrays in `context`.
     in_full: whether copies of the targeted modules train in their place; rows(config): which rows of the targeted
     tables do. A method with one of the two adapts no module: it is made by `without_sites`.
+    begin(key, tree, config) -> `_begin.Beginning`: for a method whose places no target_modules tell, instead of `init`;
+    tree: `_begin.Tree`. merge refuses, as `not_merged` does.
+    prompt(p, config, context) -> (n, dim) or (rows, n, dim): what the ids that follow the vocabulary are looked up in.
+    prefix(p, config) -> (n, layers, 2, kv_heads, head_dim): keys and values that come before a text's own.
+    folded(p, config) -> {name: array}: what files hold in place of arrays that an encoder makes it of; the arrays
+    themselves are kept in a file of our own beside PEFT's. An adapter that does not train may have these alone.
     """
 
     config: type[PeftConfig]
@@ -188,11 +196,20 @@ class Method:
     row_inputs: Mapping[str, RowInput] = FrozenMapping()
     in_full: bool = False
     rows: Callable[[Any], tuple[int, ...]] | None = None
+    begin: Callable[[jax.Array, Any, Any], Any] | None = None
+    prompt: Callable[[Arrays, Any, Mapping[str, Any]], jax.Array] | None = None
+    prefix: Callable[[Arrays, Any], jax.Array] | None = None
+    folded: Callable[[Arrays, Any], dict[str, jax.Array]] | None = None
 
     @property
     def has_sites(self) -> bool:
         """Whether it adapts modules, and does not train parts of the base themselves."""
         return not self.in_full and self.rows is None
+
+    @property
+    def selects(self) -> bool:
+        """Whether its modules are those that the config's target_modules name."""
+        return self.has_sites and self.begin is None
 
     @property
     def fixed(self) -> frozenset[str]:
@@ -249,6 +266,23 @@ def without_sites(**fields: Any) -> Method:
         merge=lambda p, w, b, site: (w, b),
         kinds=frozenset(),
         **fields,
+    )
+
+
+def beside(*, what: str, **fields: Any) -> Method:
+    """A method that changes no weight, and so has nothing to merge. what: what it brings, for the message."""
+
+    def refused(p: Arrays, w: jax.Array, b: jax.Array | None, site: Site) -> tuple[jax.Array, jax.Array | None]:
+        raise ValueError(not_merged(what, f" at {site.path!r}"))
+
+    return Method(forward=lambda p, x, base, site, context: base(x), merge=refused, **{"kinds": frozenset(), **fields})
+
+
+def not_merged(what: str, where: str = "") -> str:
+    """Why an adapter cannot be merged, for an error."""
+    return (
+        f"{what}{where} is no change of a weight, so that no merged weight stands for it; expected it beside the base, "
+        "or an adapter that merges, such as LoRA"
     )
 
 

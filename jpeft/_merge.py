@@ -10,7 +10,7 @@ import numpy as np
 from jax.core import Tracer
 
 from ._arrays import arrays_at, over_stack
-from ._contract import Arrays, Merge, Site, is_quantised, merged as one_merged, method_of, wide_dtype
+from ._contract import Arrays, Merge, Site, is_quantised, merged as one_merged, method_of, not_merged, wide_dtype
 from ._params import Adapter, PeftParams
 from ._paths import leaves_by_path, map_leaves
 from ._quantize import dequantize, requantised
@@ -34,7 +34,8 @@ def merge(
     table acts on the lookup alone; where a model uses the table as its output layer too, its merged leaf changes both.
     Leaves of `jpeft.quantize` come out as the dense weights. requantize: keep their format; the merged weight is then
     rounded to it, an error as large as that of quantising the base, which may well be larger than the change.
-    Raises ValueError for unknown names, for a weight that is not of a floating-point dtype, and for `requantize` of a
+    Raises ValueError for unknown names, for adapters that are no change of weights (prompts, prefixes), for a weight
+    that is not of a floating-point dtype, and for `requantize` of a
     weight with zero points.
 
     >>> import jax.numpy as jnp, jpeft
@@ -44,6 +45,9 @@ def merge(
     True
     """
     names = checked_params(wrapped).active if adapter_names is None else checked_names(wrapped, adapter_names)
+    for name in names:
+        if method_of(wrapped.adapters[name].config).begin is not None:
+            raise ValueError(not_merged(f"adapter {name!r} of {type(wrapped.adapters[name].config).__name__}"))
     leaves = leaves_by_path(wrapped.base)
     changed: dict[str, Any] = {}
     for name in names:

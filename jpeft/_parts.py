@@ -4,7 +4,6 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from ._config import TunerConfig
 from ._contract import Method, Site
 from ._paths import last_name
 from ._sites import Candidate
@@ -12,9 +11,7 @@ from ._targets import is_all_linear, targeted_modules
 from ._tokens import OUTPUT_LAYERS, input_embedding, table_sites
 
 
-def with_named_targets(
-    config: TunerConfig, method: Method, leaves: Mapping[str, Any], found: Mapping[str, Candidate]
-) -> TunerConfig:
+def with_named_targets(config: Any, method: Method, leaves: Mapping[str, Any], found: Mapping[str, Candidate]) -> Any:
     """The config with the names of modules where it leaves them to the tree, as files have to say them.
 
     A table that is the output layer, too, acts there as well: a name of that layer means nothing more and is left out.
@@ -36,14 +33,14 @@ def with_named_targets(
     return config
 
 
-def leaves_in_full(leaves: Mapping[str, Any], found: Mapping[str, Candidate], config: TunerConfig) -> list[str]:
+def leaves_in_full(leaves: Mapping[str, Any], found: Mapping[str, Candidate], config: Any) -> list[str]:
     """The leaves of the modules that a method trains in full; raises ValueError as `targeted_modules` does."""
     modules = targeted_modules(leaves, found, config)
     return [path for path in leaves if any(path.startswith(f"{module}.") for module in modules)]
 
 
 def rows_of(
-    method: Method, leaves: Mapping[str, Any], found: Mapping[str, Candidate], config: TunerConfig
+    method: Method, leaves: Mapping[str, Any], found: Mapping[str, Candidate], config: Any
 ) -> dict[str, tuple[Site, tuple[int, ...]]]:
     """{module path: (its site, the rows that train)} of a method that trains rows; nothing of another one."""
     if method.rows is None:
@@ -51,7 +48,7 @@ def rows_of(
     return table_sites(found, targeted_modules(leaves, found, config), method.rows(config))
 
 
-def as_they_are(method: Method, config: TunerConfig) -> bool:
+def as_they_are(method: Method, config: Any) -> bool:
     """Whether rows of tables begin as the tables have them: always beside a method with sites."""
     return method.rows is None or bool(getattr(config, "init_weights", True))
 

@@ -117,7 +117,10 @@ def _of_adapter(adapter: Adapter, entries: Mapping[str, Entries], mesh: AnyMesh,
     return dataclasses.replace(
         adapter,
         weights={
-            path: {name: of(array, letters[path][name], partitions[path]) for name, array in arrays.items()}
+            path: {
+                name: of(array, letters[path][name], partitions.get(path, _agreed([])))
+                for name, array in arrays.items()
+            }
             for path, arrays in adapter.weights.items()
         },
         shared={

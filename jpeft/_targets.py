@@ -61,7 +61,7 @@ def module_paths(leaves: Iterable[str], found: Mapping[str, Candidate]) -> list[
 
 
 def select_sites(
-    leaves: Mapping[str, Any], found: Mapping[str, Candidate], config: TunerConfig, method: Method
+    leaves: Mapping[str, Any], found: Mapping[str, Candidate], config: Any, method: Method
 ) -> dict[str, Site]:
     """The modules that `config` adapts, in the tree's order.
 
@@ -165,7 +165,7 @@ def _asked(
     return excluded, remaining, [path for path in remaining if _is_linear(path, found, config)]
 
 
-def saved_modules(paths: Iterable[str], config: TunerConfig) -> list[str]:
+def saved_modules(paths: Iterable[str], config: Any) -> list[str]:
     """The modules among `paths` that `config.modules_to_save` means: PEFT asks only that the path ends so.
 
     A module in a stack is meant if the same module of its layers is.
@@ -174,14 +174,15 @@ def saved_modules(paths: Iterable[str], config: TunerConfig) -> list[str]:
     >>> saved_modules(["body", "head", "body.head"], jpeft.LoraConfig(modules_to_save=["head"]))
     ['head', 'body.head']
     """
-    return [path for path in paths if any(_ends_in(path, name) for name in config.modules_to_save or ())]
+    names = getattr(config, "modules_to_save", None) or ()
+    return [path for path in paths if any(_ends_in(path, name) for name in names)]
 
 
 def _ends_in(path: str, name: str) -> bool:
     return any(layer.endswith(name) for layer in layer_paths(path) or [path])
 
 
-def saved_leaves(leaves: Mapping[str, Any], found: Mapping[str, Candidate], config: TunerConfig) -> list[str]:
+def saved_leaves(leaves: Mapping[str, Any], found: Mapping[str, Candidate], config: Any) -> list[str]:
     """The leaves of the modules to save; warns (UserWarning) about names that no module has.
 
     >>> import jax.numpy as jnp, jpeft
@@ -191,7 +192,8 @@ def saved_leaves(leaves: Mapping[str, Any], found: Mapping[str, Candidate], conf
     """
     paths = module_paths(leaves, found)
     saved = saved_modules(paths, config)
-    idle = [name for name in config.modules_to_save or () if not any(path.endswith(name) for path in saved)]
+    names = getattr(config, "modules_to_save", None) or ()
+    idle = [name for name in names if not any(path.endswith(name) for path in saved)]
     # PEFT itself lists both names of a classification head, although a model has only one of them.
     if saved:
         idle = [name for name in idle if name not in SEQ_CLS_HEADS]
@@ -200,7 +202,7 @@ def saved_leaves(leaves: Mapping[str, Any], found: Mapping[str, Candidate], conf
     return [path for path in leaves if _is_within(path, saved)]
 
 
-def bias_leaves(leaves: Mapping[str, Any], sites: Mapping[str, Site], config: TunerConfig) -> list[str]:
+def bias_leaves(leaves: Mapping[str, Any], sites: Mapping[str, Site], config: Any) -> list[str]:
     """The biases that `config.bias` trains: none, all, or those of the adapted modules.
 
     >>> import jax.numpy as jnp, jpeft
@@ -208,7 +210,7 @@ def bias_leaves(leaves: Mapping[str, Any], sites: Mapping[str, Site], config: Tu
     >>> bias_leaves(leaves, {}, jpeft.LoraConfig(bias="all"))
     ['a.bias', 'norm.bias']
     """
-    if config.bias == "none":
+    if getattr(config, "bias", "none") == "none":
         return []
     if config.bias == "all":
         return [path for path in leaves if last_name(path) in BIAS_NAMES]

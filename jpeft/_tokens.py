@@ -84,14 +84,15 @@ def _tables(found: Mapping[str, Candidate]) -> list[str]:
     return [path for path in found if found[path].kind == EMBEDDING]
 
 
-def input_embedding(found: Mapping[str, Candidate], field: str = "trainable_token_indices") -> str:
-    """The table of the tokens; raises ValueError if it is not known which one that is. field: for the message."""
+def input_embedding(found: Mapping[str, Candidate], field: str = "trainable_token_indices", mend: str = "") -> str:
+    """The table of the tokens; raises ValueError if it is not known which one that is. field, mend: for the message."""
     tables = _tables(found)
     named = [path for name in INPUT_EMBEDDINGS for path in tables if last_name(path) == name]
     if not named and len(tables) != 1:
+        told = {"token_indices": "target_modules=[name]"}.get(field, f"{field}={{name: [...]}}")
         raise ValueError(
-            f"{field} is a list, but which table holds the tokens is not known among: {', '.join(tables) or 'none'}; "
-            f"say it as {'target_modules=[name]' if field == 'token_indices' else f'{field}={{name: [...]}}'}"
+            f"{field} is {'not told' if mend else 'a list'}, but which table holds the tokens is not known among: "
+            f"{', '.join(tables) or 'none'}; say it as {mend or told}"
         )
     return (named or tables)[0]
 

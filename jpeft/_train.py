@@ -217,12 +217,12 @@ def _size_beside(adapter: Adapter) -> int:
 
 def _is_bias_alone(path: str, adapter: Adapter) -> bool:
     names, config = path.split("."), adapter.config
-    if not isinstance(config, TunerConfig):
-        return False
     modules = (".".join(names[:count]) for count in range(1, len(names)))
     if last_name(path) not in BIAS_NAMES or saved_modules(modules, config):
         return False
-    return not method_of(config).in_full or targeted_holder(path, config) is None
+    if not isinstance(config, TunerConfig) or not method_of(config).in_full:
+        return True
+    return targeted_holder(path, config) is None
 
 
 def print_trainable_parameters(wrapped: PeftParams) -> None:

@@ -11,7 +11,8 @@ import jax
 import jax.numpy as jnp
 
 from ._arrays import initial_together, with_derivation
-from ._config import PeftConfig, TunerConfig
+from ._begin import Tree, begun
+from ._config import PeftConfig
 from ._contract import Method, Site, method_of
 from ._params import Adapter, PeftParams, Sites, is_peft_params
 from ._parts import as_they_are, leaves_in_full, rows_of, with_named_targets
@@ -64,7 +65,7 @@ def wrap(
     layers = unstacked(leaves)
     found = candidates(layers, layouts)
     config = with_named_targets(config, method, layers, found)
-    selected = select_sites(layers, found, config, method) if method.has_sites else {}
+    selected = select_sites(layers, found, config, method) if method.selects else {}
     trained = [*saved_leaves(layers, found, config), *bias_leaves(layers, selected, config)]
     trained += leaves_in_full(layers, found, config) if method.in_full else []
     sites = _stacked_sites(selected, layers, config)
@@ -74,10 +75,12 @@ def wrap(
     tokens = rows_of(method, layers, found, config) or token_sites(found, config)
     check_tables(tokens, sites, replaced)
 
-    adapted = _read_leaves(sites, leaves, method)
     abstract = any(map(is_abstract, leaves.values()))
-    begin = abstract_adapter if abstract else initial_adapter
-    adapter = begin(key, adapted, Sites(sites), config, dtype)
+    if method.begin is not None:
+        adapter = begun(fold_in_name(key, method.config.__name__), Tree(leaves, layers, found), config, dtype, abstract)
+    else:
+        begin = abstract_adapter if abstract else initial_adapter
+        adapter = begin(key, _read_leaves(sites, leaves, method), Sites(sites), config, dtype)
     adapter = dataclasses.replace(
         adapter,
         replaced=replaced,
@@ -134,14 +137,14 @@ def disable_adapters(wrapped: PeftParams) -> PeftParams:
     return dataclasses.replace(checked_params(wrapped), active=())
 
 
-def _stacked_sites(selected: Mapping[str, Site], layers: Mapping[str, Any], config: TunerConfig) -> dict[str, Site]:
+def _stacked_sites(selected: Mapping[str, Site], layers: Mapping[str, Any], config: Any) -> dict[str, Site]:
     said = _said(config, "target_modules", "exclude_modules", "modules_to_save", "layers_to_transform", verb="select")
     by_leaf = restacked({site.leaf: site for site in selected.values()}, layers, said)
     return {site.path: site for site in (stacked_site(leaf, sites) for leaf, sites in by_leaf.items())}
 
 
-def _said(config: TunerConfig, *fields: str, verb: str) -> str:
-    values = {field: getattr(config, field) for field in fields}
+def _said(config: Any, *fields: str, verb: str) -> str:
+    values = {field: getattr(config, field, None) for field in fields}
     return f"{', '.join(f'{k}={v!r}' for k, v in values.items() if v not in (None, (), 'none'))} {verb}"
 
 
@@ -311,8 +314,8 @@ def checked_params(wrapped: Any) -> PeftParams:
     return wrapped
 
 
-def _checked_config(config: Any) -> TunerConfig:
-    if not isinstance(config, TunerConfig):
+def _checked_config(config: Any) -> Any:
+    if not isinstance(config, PeftConfig) or type(config) is PeftConfig:
         raise TypeError(f"config is {config!r}; expected the config of a method, such as jpeft.LoraConfig(...)")
     return config
 
@@ -347,7 +350,7 @@ def check_name(name: str, adapters: Mapping[str, Adapter]) -> None:
 def _check_bias(config: Any, adapters: Mapping[str, Adapter]) -> None:
     others = {name: getattr(adapter.config, "bias", "none") for name, adapter in adapters.items()}
     taken = [f"{name!r} has {bias!r}" for name, bias in others.items() if bias != "none"]
-    if config.bias != "none" and taken:
+    if getattr(config, "bias", "none") != "none" and taken:
         raise ValueError(f"bias is {config.bias!r}, but {', '.join(taken)}; expected at most one adapter with biases")
 
 

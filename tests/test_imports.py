@@ -14,7 +14,14 @@ ROOT = pathlib.Path(jpeft.__file__).parent
 FILES = sorted(ROOT.rglob("*.py"))
 METHOD_FILES = sorted(path for path in (ROOT / "methods").glob("*.py") if not path.name.startswith("_"))
 HEAVY = ("jpeft_interop", "flax", "torch", "transformers", "safetensors", "huggingface_hub", "equinox", "haiku", "peft")
-OF_METHODS = ("jpeft._contract", "jpeft._config", "jpeft._patterns", "jpeft._torch_random", "jpeft.methods")
+OF_METHODS = (
+    "jpeft._begin",
+    "jpeft._contract",
+    "jpeft._config",
+    "jpeft._patterns",
+    "jpeft._torch_random",
+    "jpeft.methods",
+)
 
 over_files = pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
 

@@ -17,8 +17,9 @@ from ._codes import consumed
 from ._dropout import dropped
 from ._jaxpr import Equation, run_equation, unsharded
 from ._products import chained
+from ._prompts import is_prompt, known_ids, with_prompt, without_prompts
 from ._record import LOOKUP, LOW_RANK, TRANSFORMED
-from ._walk import Context, Rule
+from ._walk import Context, Rule, plain
 from ._weight import (
     FULL_COPY,
     RANK,
@@ -120,6 +121,8 @@ def gather(context: Context, equation: Equation, inputs: list[Any], needed: list
         raise Unsupported("the weight is not the operand")
     position, ids = _looked_up(equation, weight, ids)
     row = weight.single(position, "gather of axes that were reshaped together")
+    if row.role == INPUT and any(map(is_prompt, weight.terms)):
+        return [_with_prompts(context, equation, weight, inputs[1], ids, position)]
     base = run_equation(equation, [weight.base, inputs[1]])[0]
     if not weight.terms and len(weight.axes) == 2:
         for axis in weight.flat_axes:
@@ -142,6 +145,28 @@ def gather(context: Context, equation: Equation, inputs: list[Any], needed: list
         change = unsharded(functools.partial(_lookup, context, equation, weight.axes, position, row, base.shape), base)
         base = base + change(ids, term).astype(base.dtype)
     return [base]
+
+
+def _with_prompts(
+    context: Context, equation: Equation, weight: AdaptedWeight, columns: Any, ids: jax.Array, position: int
+) -> jax.Array:
+    """The lookup in the table, whatever else acts on it, and that of the prompts' ids in their rows."""
+    prompts, rest = tuple(filter(is_prompt, weight.terms)), without_prompts(weight)
+    column = equation.params["dimension_numbers"].start_index_map.index(position)
+    at = jnp.arange(columns.shape[-1]) == column
+    inputs = [rest, jnp.where(at, known_ids(columns, prompts), columns)]
+    try:
+        (found,) = gather(context, equation, inputs, [True])
+    except Unsupported as unsupported:
+        (found,) = run_equation(equation, [plain(context, equation, rest, str(unsupported)), inputs[1]])
+    ids = ids[..., 0]
+    names = tuple(f"x{index}" for index in range(ids.ndim))
+    groups = _gathered(equation, weight.axes, position, found.ndim, names)
+    for term in prompts:
+        context.use(weight, LOOKUP, equation, only=term)
+        change = functools.partial(with_prompt, axes=weight.flat_axes, groups=groups, names=names)
+        found = unsharded(change, found)(found, ids, term)
+    return found
 
 
 def _lookup(

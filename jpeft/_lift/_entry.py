@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from .._arrays import arrays_at, over_stack
-from .._config import FrozenMapping, TunerConfig
+from .._config import FrozenMapping
 from .._contract import (
     EMBEDDING,
     OUTPUT,
@@ -29,6 +29,7 @@ from .._stacks import layer_paths
 from .._targets import saved_modules
 from .._tokens import TokenRows, row_method
 from ._factors import with_factors
+from ._prompts import prompt_terms
 from ._weight import FULL_COPY, Term, weight_axes
 
 
@@ -46,8 +47,8 @@ def terms_by_leaf(wrapped: PeftParams) -> dict[str, tuple[Term, ...]]:
     for name in wrapped.active:
         adapter = wrapped.adapters[name]
         method = method_of(adapter.config)
-        given = _row_inputs(wrapped.context, name, method)
-        for path, site in adapter.sites.items():
+        given = {} if method.prompt is not None else _row_inputs(wrapped.context, name, method)
+        for path, site in adapter.sites.items() if method.prompt is None else ():
             term = _with_rows(_term(name, adapter, method, path, site, rng), given)
             terms[site.leaf] = (*terms.get(site.leaf, ()), term)
         for leaf, part in adapter.rows.items():
@@ -55,6 +56,9 @@ def terms_by_leaf(wrapped: PeftParams) -> dict[str, tuple[Term, ...]]:
         for path, full in adapter.replaced.items():
             if _is_saved_table(path, full, adapter):
                 terms[path] = (_full_copy(name, adapter, path, full),)
+    # Last, as what acts on the table has to find its own ids.
+    for leaf, prompts in prompt_terms(wrapped).items():
+        terms[leaf] = (*terms.get(leaf, ()), *prompts)
     return terms
 
 
@@ -63,7 +67,7 @@ def _is_saved_table(path: str, leaf: Any, adapter: Adapter) -> bool:
     if getattr(adapter.config, "ensure_weight_tying", False):
         return False  # it then stands for the table in every use
     axes = 2 if layer_paths(path) is None else 3
-    if jnp.ndim(leaf) != axes or "embed" not in last_name(path) or not isinstance(adapter.config, TunerConfig):
+    if jnp.ndim(leaf) != axes or "embed" not in last_name(path):
         return False
     return method_of(adapter.config).in_full or bool(saved_modules([parent(path)], adapter.config))
 

@@ -1,0 +1,170 @@
+"""Virtual tokens: ids that follow the vocabulary, put before the text of a batch, and what they are looked up in."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ._config import TaskType
+from ._contract import method_of
+from ._params import PeftParams
+from ._paths import fold_in_name
+from ._wrap import checked_params
+
+BASE = "__base__"
+
+# Of what a batch holds for each token, what the virtual tokens have.
+_FILLED = {"attention_mask": 1, "token_type_ids": 0}
+_IGNORED = -100
+
+
+def with_virtual_tokens(
+    batch: Mapping[str, Any], wrapped: PeftParams, *, adapter_names: Sequence[str] | None = None
+) -> dict[str, Any]:
+    """The batch with the virtual tokens of the active soft prompts before its text: a pure function, for use under jit.
+
+    batch: by name, of which `input_ids (rows, length)`, int, is needed. `attention_mask` gets ones, `token_type_ids`
+    zeros, `labels` of a text's tokens -100, and `position_ids` count on from the prompt. Of an encoder-decoder the
+    text is the encoder's. The rest is left as it is, and so is a batch for parameters without soft prompts.
+    adapter_names: where several prompts are active, that of each row, "__base__" for none; a row with a shorter one
+    gets padding before it, which the mask hides. The rows of outputs have as many places more.
+    Raises ValueError for a batch without `input_ids`, names that are not those of active prompts, and several prompts
+    without names.
+
+    >>> import jpeft
+    >>> params = {"embed_tokens": {"embedding": jnp.ones((9, 4))}}
+    >>> wrapped = jpeft.wrap(params, jpeft.PromptTuningConfig(num_virtual_tokens=2))
+    >>> batch = with_virtual_tokens({"input_ids": jnp.array([[5, 6]]), "labels": jnp.array([[5, 6]])}, wrapped)
+    >>> batch["input_ids"].tolist(), batch["labels"].tolist()
+    ([[9, 10, 5, 6]], [[-100, -100, 5, 6]])
+    >>> jpeft.lift(lambda params, ids: params["embed_tokens"]["embedding"][ids])(wrapped, batch["input_ids"]).shape
+    (1, 4, 4)
+    """
+    ids = virtual_ids(wrapped)
+    if not ids:
+        return dict(batch)
+    if batch.get("input_ids") is None:
+        raise ValueError(
+            f"the batch has {', '.join(batch) or 'nothing'}, and no input_ids, before which the virtual tokens of "
+            f"{', '.join(map(repr, ids))} would come; expected input_ids (rows, length)"
+        )
+    given = jnp.asarray(batch["input_ids"])
+    if given.ndim != 2 or not jnp.issubdtype(given.dtype, jnp.integer):
+        raise ValueError(f"input_ids are {given.dtype} of shape {given.shape}; expected integers of (rows, length)")
+    rows, length = given.shape
+    spans = {name: _encoder_part(wrapped, name, own) for name, own in ids.items()}
+    before, visible = _prompts_of_rows(spans, rows, adapter_names)
+    count, found = before.shape[1], dict(batch)
+    found["input_ids"] = jnp.concatenate([before.astype(given.dtype), given], axis=1)
+    for name, value in _FILLED.items():
+        if found.get(name) is not None:
+            own = jnp.asarray(found[name])
+            filled = (
+                visible.astype(own.dtype) if name == "attention_mask" else jnp.full((rows, count), value, own.dtype)
+            )
+            found[name] = jnp.concatenate([filled, own], axis=1)
+    if found.get("attention_mask") is None and not visible.all():
+        found["attention_mask"] = jnp.concatenate([visible, jnp.ones((rows, length), visible.dtype)], axis=1)
+    if found.get("position_ids") is not None:
+        found["position_ids"] = _positions(jnp.asarray(found["position_ids"]), visible)
+    labels = found.get("labels")
+    if labels is not None and _labels_are_of_tokens(wrapped, ids) and jnp.shape(labels) == (rows, length):
+        found["labels"] = _with_ignored(labels, rows, count)
+    return found
+
+
+def virtual_ids(wrapped: PeftParams) -> dict[str, range]:
+    """{adapter: the ids of its prompt} of the active adapters that have one, in turn from the vocabulary on.
+
+    >>> import jpeft
+    >>> params = {"embed_tokens": {"embedding": jnp.ones((9, 4))}}
+    >>> virtual_ids(jpeft.wrap(params, jpeft.PromptTuningConfig(num_virtual_tokens=2)))
+    {'default': range(9, 11)}
+    """
+    found: dict[str, range] = {}
+    for name in checked_params(wrapped).active:
+        adapter = wrapped.adapters[name]
+        if method_of(adapter.config).prompt is None:
+            continue
+        (site,) = adapter.sites.values()
+        first = max([site.in_features, *(own.stop for own in found.values())])
+        found[name] = range(first, first + _length(wrapped, name))
+    return found
+
+
+def prompt_rows(wrapped: PeftParams, name: str) -> jax.Array:
+    """What the ids of an adapter's prompt are looked up in: (n, dim), or (rows, n, dim) if each row has its own.
+
+    Raises ValueError if the call does not bring what the prompt depends on.
+    """
+    adapter = wrapped.adapters[name]
+    method = method_of(adapter.config)
+    assert method.prompt is not None
+    context: dict[str, Any] = {}
+    for asked in method.row_inputs:
+        value = wrapped.context.get(asked)
+        value = value.get(name) if isinstance(value, Mapping) else value
+        if value is None:
+            raise ValueError(
+                f"adapter {name!r} needs {asked} for each row of the batch, and the parameters bring none; expected "
+                f"jpeft.with_context(params, {asked}=...)"
+            )
+        context[asked] = value
+    rng = wrapped.context.get("rng")
+    if rng is not None:
+        context["rng"] = fold_in_name(rng.key(), f"{name}/prompt")
+    return method.prompt(adapter.shared, adapter.config, context)
+
+
+def _length(wrapped: PeftParams, name: str) -> int:
+    """How many rows a prompt has, those for a decoder among them."""
+    config: Any = wrapped.adapters[name].config
+    return config.num_virtual_tokens * config.submodules
+
+
+def _encoder_part(wrapped: PeftParams, name: str, ids: range) -> range:
+    config: Any = wrapped.adapters[name].config
+    return ids[: config.num_virtual_tokens]
+
+
+def _prompts_of_rows(ids: Mapping[str, range], rows: int, names: Sequence[str] | None) -> tuple[np.ndarray, np.ndarray]:
+    """(ids, whether there is a token) of what comes before each row, both (rows, n)."""
+    if names is None:
+        if len(ids) > 1:
+            raise ValueError(
+                f"the prompts of {', '.join(map(repr, ids))} are active; expected adapter_names, one a row, or one "
+                "active prompt: jpeft.set_adapter"
+            )
+        names = [next(iter(ids))] * rows
+    unknown = [name for name in names if name not in (*ids, BASE)]
+    if unknown or isinstance(names, str) or len(names) != rows:
+        raise ValueError(
+            f"adapter_names are {names!r} for {rows} rows; expected one a row, each among the active prompts: "
+            f"{', '.join((*ids, BASE))}"
+        )
+    widest = max(len(own) for own in ids.values())
+    before, visible = np.zeros((rows, widest), np.int32), np.zeros((rows, widest), np.int32)
+    for row, name in enumerate(names):
+        own = ids.get(name, range(0))
+        before[row, widest - len(own) :] = own
+        visible[row, widest - len(own) :] = 1
+    return before, visible
+
+
+def _positions(given: jax.Array, mask: np.ndarray) -> jax.Array:
+    """Positions (rows or 1, length) that count on from those of the prompt."""
+    rows, visible = max(given.shape[0], mask.shape[0]), jnp.asarray(mask, given.dtype)
+    before = jnp.maximum(jnp.cumsum(visible, axis=1) - 1, 0)
+    after = jnp.broadcast_to(given, (rows, given.shape[1])) + visible.sum(axis=1, keepdims=True)
+    return jnp.concatenate([jnp.broadcast_to(before, (rows, before.shape[1])), after], axis=1)
+
+
+def _labels_are_of_tokens(wrapped: PeftParams, ids: Mapping[str, range]) -> bool:
+    return all(wrapped.adapters[name].config.task_type != TaskType.SEQ_2_SEQ_LM for name in ids)
+
+
+def _with_ignored(labels: Any, rows: int, count: int) -> jax.Array:
+    labels = jnp.asarray(labels)
+    return jnp.concatenate([jnp.full((rows, count), _IGNORED, labels.dtype), labels], axis=1)
