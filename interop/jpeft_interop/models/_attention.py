@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from ._adaption import Prompt
 from ._cache import Cache, Memory, padded_to
+from ._prefix import after
 
 Rotary = tuple[jax.Array, jax.Array]
 """Cosines and sines, as `rotary_tables` makes them."""
@@ -49,7 +50,10 @@ class Context:
 def remember(
     memory: Memory | None, context: Context, key: jax.Array, value: jax.Array
 ) -> tuple[jax.Array, jax.Array, Memory | None]:
-    """The keys and values to attend to, `(batch, keys, kv_heads, head_dim)`, and the layer's memory with them."""
+    """The keys and values to attend to, `(batch, keys, kv_heads, head_dim)`, and the layer's memory with them.
+
+    A memory where the context has no `start` is a prefix.
+    """
     if context.start is not None and memory is not None:
         at = (0, context.start, 0, 0)
         new = {
@@ -57,6 +61,8 @@ def remember(
             "value": jax.lax.dynamic_update_slice(memory["value"], value.astype(memory["value"].dtype), at),
         }
         return new["key"].astype(key.dtype), new["value"].astype(value.dtype), {**memory, **new}
+    if memory is not None:
+        key, value = after(memory, key, value)
     if context.capacity is not None:
         return key, value, {"key": padded_to(key, context.capacity), "value": padded_to(value, context.capacity)}
     return key, value, None
@@ -87,8 +93,8 @@ def causal_mask(
     return AttentionMask(None if seen is None else seen[:, None, None, :], causal=True, window=window)
 
 
-def cached_mask(mask: jax.Array, start: jax.Array, length: int, *, window: int | None = None) -> AttentionMask:
-    """What `length` tokens, put into the cache from slot `start` on, see of its slots `mask (batch, capacity)`."""
+def cached_mask(mask: jax.Array, start: jax.Array | int, length: int, *, window: int | None = None) -> AttentionMask:
+    """What `length` tokens, put into the cache from slot `start` on, see of its slots `mask (batch or 1, capacity)`."""
     queries = start + jnp.arange(length)[:, None]
     keys = jnp.arange(mask.shape[1])[None, :]
     allowed = keys <= queries

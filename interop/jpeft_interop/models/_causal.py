@@ -9,12 +9,13 @@ from flax import nnx
 
 from ._activations import activation
 from ._adaption import Prompt
-from ._attention import Context, attend, remember, split_heads, visible
+from ._attention import Context, attend, remember, split_heads
 from ._cache import Memory
 from ._call import DecoderCall, cache_after
 from ._family import Options
 from ._layers import Linear
 from ._outputs import BaseModelOutput
+from ._prefix import too_long
 from ._rotary import apply_rotary
 from ._stack import run
 
@@ -87,7 +88,7 @@ def through(
         modules,
         x,
         lambda layer, x, memory, own: layer(x, context if own is None else replace(context, adaption=own), memory),
-        memories=None if call.cache is None else call.cache.layers,
+        memories=call.memories(modules),
         own=adaption_prompts,
         options=options,
         collect=collect,
@@ -99,16 +100,16 @@ def through(
 def token_numbers(call: DecoderCall) -> jax.Array:
     """The number of each token that can be looked at among those of its row that are not padding: 0, 1, 2, ...
 
-    Of shape `(batch or 1, keys)`, with the slots of a cache as keys; -1 for padding.
+    Of shape `(batch or 1, keys)`, with the slots of a cache as keys, and a prefix among them; -1 for padding.
     """
-    seen = visible(call.attention_mask, call.batch, call.length) if call.cache is None else call.cache.mask
+    seen = call.seen
     if seen is None:
         return jnp.arange(call.length, dtype=jnp.int32)[None]
     tokens = seen.astype(jnp.int32)
     return jnp.cumsum(tokens, axis=-1) * tokens - 1
 
 
-def check_length(length: int, position_ids: jax.Array | None, positions: int) -> None:
-    """Raise ValueError for a text that is longer than the table of its positions."""
-    if position_ids is None and length > positions:
-        raise ValueError(f"{length} tokens exceed max_position_embeddings={positions}: truncate the input")
+def check_length(call: DecoderCall, position_ids: jax.Array | None, positions: int) -> None:
+    """Raise ValueError for a text that, with a prefix before it, is longer than the table of its positions."""
+    if (position_ids is None or call.virtual) and call.virtual + call.length > positions:
+        raise ValueError(too_long(call.length, call.virtual, f"max_position_embeddings={positions}"))

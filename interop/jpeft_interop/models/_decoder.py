@@ -14,13 +14,14 @@ from flax import nnx
 from ._activations import activation
 from ._adaption import Prompt, attend_to_prompt
 from ._attention import Context, attend, remember, split_heads
-from ._cache import Cache, Memory
+from ._cache import Memory
 from ._call import begin, context_of
 from ._causal import through
 from ._config import number_of_labels, read_fields
 from ._family import Options
 from ._layers import Embed, GatedMLP, Linear, RMSNorm, embed_tokens
 from ._outputs import BaseModelOutput
+from ._prefix import Past
 from ._rotary import Rope, apply_rotary, read_rope, rotary_tables
 from ._stack import layers
 
@@ -248,7 +249,7 @@ class Decoder(nnx.Module):
         attention_mask: jax.Array | None = None,
         position_ids: jax.Array | None = None,
         inputs_embeds: jax.Array | None = None,
-        past_key_values: Cache | None = None,
+        past_key_values: Past | None = None,
         cache_length: int | None = None,
         output_hidden_states: bool = False,
         adaption_prompts: Mapping[int, Prompt] | None = None,

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from ._cache import Cache, take_rows
+from ._prefix import KeyValuePrefix
 
 Network = Callable[..., Any]
 """`apply(**inputs)`, with the parameters already in it."""
@@ -31,7 +32,7 @@ class Decoder:
     """How a kind of model starts, and goes on by a token.
 
     `start(network, inputs, prompt, capacity) -> (logits (rows, vocab), state)`; `step(network, state, tokens (rows,))`
-    the same. `prompt (rows, length)`: the tokens that the sequences begin with.
+    the same. `prompt (rows, length)`: the tokens that the sequences begin with. The inputs may hold a prefix.
     """
 
     start: Callable[[Network, Mapping[str, jax.Array], jax.Array, int], tuple[jax.Array, State]]
@@ -64,7 +65,11 @@ def _start_causal(
     mask = inputs.get("attention_mask")
     ids, mask = (prompt, jnp.ones((rows, length), jnp.int32)) if mask is None else right_aligned(prompt, mask)
     positions = jnp.maximum(jnp.cumsum(mask.astype(jnp.int32), axis=1) - 1, 0)
-    given = {"position_ids": positions} if takes_positions else {}
+    given: dict[str, Any] = _prefix(inputs)
+    for prefix in given.values():
+        positions, capacity = positions + prefix.starts, capacity + prefix.length
+    if takes_positions:
+        given["position_ids"] = positions
     output = network(input_ids=ids, attention_mask=mask, cache_length=capacity, logits_to_keep=1, **given)
     return output.logits[:, -1], State(output.past_key_values, positions[:, -1] + 1, {})
 
@@ -88,6 +93,7 @@ def causal(*, takes_positions: bool) -> Decoder:
 def _start_seq2seq(
     network: Network, inputs: Mapping[str, jax.Array], prompt: jax.Array, capacity: int
 ) -> tuple[jax.Array, State]:
+    capacity += sum(prefix.length for prefix in _prefix(inputs).values())
     output = network(**inputs, decoder_input_ids=prompt, cache_length=capacity, logits_to_keep=1)
     fixed = {"attention_mask": inputs["attention_mask"]} if "attention_mask" in inputs else {}
     return output.logits[:, -1], State(output.past_key_values, jnp.full(prompt.shape[:1], prompt.shape[1]), fixed)
@@ -96,6 +102,10 @@ def _start_seq2seq(
 def _step_seq2seq(network: Network, state: State, tokens: jax.Array) -> tuple[jax.Array, State]:
     output = network(decoder_input_ids=tokens[:, None], past_key_values=state.cache, **state.fixed)
     return output.logits[:, -1], State(output.past_key_values, state.positions + 1, state.fixed)
+
+
+def _prefix(inputs: Mapping[str, Any]) -> dict[str, KeyValuePrefix]:
+    return {name: value for name, value in inputs.items() if isinstance(value, KeyValuePrefix)}
 
 
 SEQ2SEQ = Decoder(_start_seq2seq, _step_seq2seq)

@@ -15,46 +15,57 @@ from ._family import Architecture, Family, Options
 from ._heads import Backbone, QuestionAnswering, TokenClassification
 from ._layers import Embed, Linear
 from ._parameters import parameter, whole, zeros
+from ._prefix import KeyValuePrefix, too_long
 from ._stack import run
 
 INPUTS = ("input_ids", "attention_mask", "token_type_ids", "position_ids", "inputs_embeds")
 
-Positions = Callable[[jax.Array | None, int, Any], jax.Array]
-"""`(input_ids or None, length, config) -> position_ids (batch or 1, length)`, where the caller gives none."""
+Positions = Callable[[jax.Array | None, int, Any, KeyValuePrefix | None], jax.Array]
+"""`(input_ids or None, length, config, prefix) -> position_ids (batch or 1, length)`, where the caller gives none."""
 
 
-def counted(input_ids: jax.Array | None, length: int, config: Any) -> jax.Array:
-    """Positions `0, 1, ...`. Raises ValueError if the model has fewer."""
-    return _count(length, 0, config.max_position_embeddings)
+def counted(input_ids: jax.Array | None, length: int, config: Any, prefix: KeyValuePrefix | None) -> jax.Array:
+    """Positions `0, 1, ...`, or those after the prefix. Raises ValueError if the model has fewer."""
+    return _count(length, 0, config.max_position_embeddings, prefix)
 
 
-def counted_without_padding(input_ids: jax.Array | None, length: int, config: Any) -> jax.Array:
+def counted_without_padding(
+    input_ids: jax.Array | None, length: int, config: Any, prefix: KeyValuePrefix | None
+) -> jax.Array:
     """Tokens are counted from `pad_token_id + 1` on, and padding, told by its id, has the position `pad_token_id`.
 
     Embeddings do not tell it, so all of them count. Raises ValueError if the model has fewer positions.
     """
-    places = _count(length, config.pad_token_id + 1, config.max_position_embeddings)
+    places = _count(length, config.pad_token_id + 1, config.max_position_embeddings, prefix)
     if input_ids is None:
         return places
     tokens = (input_ids != config.pad_token_id).astype(jnp.int32)
-    return jnp.cumsum(tokens, axis=-1) * tokens + config.pad_token_id
+    return (_start(prefix) + jnp.cumsum(tokens, axis=-1)) * tokens + config.pad_token_id
 
 
-def _count(length: int, first: int, available: int) -> jax.Array:
-    if first + length > available:
-        raise ValueError(
-            f"{length} tokens exceed the {available - first} that max_position_embeddings={available} has room for: "
-            "truncate the input"
-        )
-    return first + jnp.arange(length, dtype=jnp.int32)[None]
+def _count(length: int, first: int, available: int, prefix: KeyValuePrefix | None) -> jax.Array:
+    virtual = 0 if prefix is None else prefix.length
+    if first + virtual + length > available:
+        most = f"the {available - first} that max_position_embeddings={available} has room for"
+        raise ValueError(too_long(length, virtual, most))
+    return first + _start(prefix) + jnp.arange(length, dtype=jnp.int32)[None]
+
+
+def _start(prefix: KeyValuePrefix | None) -> jax.Array | int:
+    return 0 if prefix is None else prefix.starts
 
 
 def positions_of(
-    position_ids: jax.Array | None, input_ids: jax.Array | None, x: jax.Array, config: Any, positions: Positions
+    position_ids: jax.Array | None,
+    input_ids: jax.Array | None,
+    x: jax.Array,
+    config: Any,
+    positions: Positions,
+    prefix: KeyValuePrefix | None = None,
 ) -> jax.Array:
     """The positions of `x (batch, length, features)`: as given, which is checked, or by the family's rule."""
     check_position_ids(position_ids, *x.shape[:2])
-    return positions(input_ids, x.shape[1], config) if position_ids is None else position_ids
+    return positions(input_ids, x.shape[1], config, prefix) if position_ids is None else position_ids
 
 
 def run_encoder(

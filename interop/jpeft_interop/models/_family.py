@@ -52,8 +52,9 @@ class Family:
     checkpoints into today's. `splits`: (regular expression, replacements) pairs of older tensors that hold several of
     today's, of equal size, one after another along the first axis. `unused`: regular expressions of tensors that no
     class needs. `layouts`: {regular expression of a leaf: layout} for `jpeft.wrap`, where a shape does not tell it.
-    `decodes`: whether its networks keep a cache and can generate. `adapted_attention`: the name of a layer's attention,
-    if that takes adaption prompts. `classification_loss`: of sequences and images.
+    `decodes`: whether its networks keep a cache and can generate. `prefixed`: whether, without a cache, they take a
+    prefix of keys and values. `adapted_attention`: the name of a layer's attention, if that takes adaption prompts.
+    `classification_loss`: of sequences and images.
     """
 
     model_type: str
@@ -68,5 +69,6 @@ class Family:
     unused: tuple[str, ...] = ()
     layouts: Mapping[str, str] = field(default_factory=dict)
     decodes: bool = False
+    prefixed: bool = False
     adapted_attention: str | None = None
     classification_loss: ClassificationLoss = classification_loss

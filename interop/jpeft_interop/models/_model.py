@@ -12,11 +12,11 @@ from jpeft import PeftParams
 
 from ._adaption import with_prompts
 from ._blueprint import Blueprint, Params, run_network
-from ._cache import Cache
 from ._decoding import LogitsProcessor
 from ._generate import GenerationOutput, generate
 from ._leaves import check_paths, flatten
 from ._losses import decoder_inputs, targets_of, with_loss
+from ._prefix import Past
 from ._saving import write_checkpoint
 
 _DECODER_INPUTS = {"decoder_input_ids", "decoder_inputs_embeds"}
@@ -55,7 +55,7 @@ class FlaxModel:
         params: Params,
         input_ids: ArrayLike | None = None,
         *,
-        past_key_values: Cache | None = None,
+        past_key_values: Past | None = None,
         cache_length: int | None = None,
         output_hidden_states: bool = False,
         logits_to_keep: int | None = None,
@@ -82,9 +82,10 @@ class FlaxModel:
         The rest is static under jit. `output_hidden_states`: whether to return `hidden_states`. `logits_to_keep`: of
         a causal language model, return the logits of that many last tokens only. `cache_length`: return
         `past_key_values`, a cache with room for so many tokens, to be given with the tokens that follow; their
-        `attention_mask` is that of the new tokens alone. `loss_chunk_size`: of a causal language model with labels,
-        make the loss of so many tokens of each row at a time (`jpeft.chunked_cross_entropy`): the same loss, without
-        the memory of all logits, which are None.
+        `attention_mask` is that of the new tokens alone. `past_key_values` may be a `KeyValuePrefix`, too, of keys and
+        values that come before the first token: the output is of the tokens alone. `loss_chunk_size`: of a causal
+        language model with labels, make the loss of so many tokens of each row at a time
+        (`jpeft.chunked_cross_entropy`): the same loss, without the memory of all logits, which are None.
 
         Raises TypeError for an input that the model does not take, ValueError for a wrong shape or structure.
 
@@ -188,6 +189,8 @@ class FlaxModel:
         takes = {*family.inputs, "output_hidden_states"}
         if family.decodes:
             takes |= {"past_key_values", "cache_length"}
+        if family.prefixed:
+            takes |= {"past_key_values"}
         if family.decodes and self.task in ("causal-lm", "seq2seq-lm", "speech-seq2seq"):
             takes |= {"logits_to_keep"}
         if self.task == "causal-lm":

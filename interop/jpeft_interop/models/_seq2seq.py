@@ -2,7 +2,8 @@
 
 A call takes the encoder's input and `attention_mask`, or `encoder_last_hidden_state` in place of running the encoder,
 and `decoder_input_ids`. With `cache_length` it returns a cache that holds the keys and values of the encoder's output,
-too; a later call takes the cache, the new `decoder_input_ids` and the encoder's `attention_mask`.
+too; a later call takes the cache, the new `decoder_input_ids` and the encoder's `attention_mask`. A prefix is the
+decoder's: what its attention to its own tokens finds before them.
 """
 
 from collections.abc import Callable, Mapping
@@ -27,6 +28,7 @@ from ._outputs import (
     Seq2SeqLMOutput,
     Seq2SeqModelOutput,
 )
+from ._prefix import Past, too_long
 from ._stack import run
 
 SELF, CROSS = "self", "cross"
@@ -66,7 +68,7 @@ def encode_and_decode(
     decoder_attention_mask: jax.Array | None = None,
     decoder_inputs_embeds: jax.Array | None = None,
     encoder_last_hidden_state: jax.Array | None = None,
-    past_key_values: Cache | None = None,
+    past_key_values: Past | None = None,
     cache_length: int | None = None,
     output_hidden_states: bool = False,
     **source: jax.Array,
@@ -79,7 +81,7 @@ def encode_and_decode(
         given = "neither" if decoder_input_ids is None else "both"
         raise ValueError(f"expected one of decoder_input_ids and decoder_inputs_embeds, got {given}")
     encoded, encoder_states = encoder_last_hidden_state, None
-    if past_key_values is not None:
+    if isinstance(past_key_values, Cache):
         if given := [*source, *(() if encoded is None else ("encoder_last_hidden_state",))]:
             raise ValueError(
                 "past_key_values holds what the decoder needs of the encoder: give attention_mask and "
@@ -232,14 +234,20 @@ EPS = 1e-5
 
 
 def run_layers(
-    modules: nnx.Dict, x: jax.Array, context: Context, options: Options, *, cache: Cache | None = None, collect: bool
+    modules: nnx.Dict,
+    x: jax.Array,
+    context: Context,
+    options: Options,
+    *,
+    call: DecoderCall | None = None,
+    collect: bool,
 ) -> tuple[jax.Array, dict[str, Memory], tuple[jax.Array, ...]]:
     """Put `x` through layers; also their memories, and what went into every layer if `collect`."""
     return run(
         modules,
         x,
         lambda layer, x, memory, own: layer(x, context, memory),
-        memories=None if cache is None else cache.layers,
+        memories=None if call is None else call.memories(modules),
         options=options,
         collect=collect,
     )
@@ -250,10 +258,10 @@ def encoder_context(x: jax.Array, attention_mask: jax.Array | None) -> Context:
     return Context({SELF: bidirectional_mask(attention_mask, *x.shape[:2])})
 
 
-def check_length(length: int, most: int, key: str) -> None:
-    """Raise ValueError if there are more tokens than the table of positions has rows."""
-    if length > most:
-        raise ValueError(f"{length} tokens exceed {key}={most}: truncate the input")
+def check_length(length: int, most: int, key: str, virtual: int = 0) -> None:
+    """Raise ValueError if there are more tokens, with those of a prefix, than the table of positions has rows."""
+    if virtual + length > most:
+        raise ValueError(too_long(length, virtual, f"{key}={most}"))
 
 
 def check_heads(config: Any) -> None:

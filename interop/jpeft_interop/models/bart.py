@@ -129,11 +129,11 @@ class Stack(nnx.Module):
         self, x: jax.Array, call: DecoderCall, context: Context, *, collect: bool
     ) -> tuple[jax.Array, Mapping[str, Memory], tuple[jax.Array, ...]]:
         """What a decoder does with its embedded input."""
-        x = self._placed(x, call.positions)
-        return run_layers(self.layers, x, context, self.options, cache=call.cache, collect=collect)
+        x = self._placed(x, call.positions, call.virtual)
+        return run_layers(self.layers, x, context, self.options, call=call, collect=collect)
 
-    def _placed(self, x: jax.Array, positions: jax.Array) -> jax.Array:
-        check_length(x.shape[1], self.max_positions, "max_position_embeddings")
+    def _placed(self, x: jax.Array, positions: jax.Array, virtual: int = 0) -> jax.Array:
+        check_length(x.shape[1], self.max_positions, "max_position_embeddings", virtual)
         return self.layernorm_embedding(x + self.embed_positions(positions + OFFSET, x.dtype))
 
 

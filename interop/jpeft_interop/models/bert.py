@@ -10,7 +10,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 from ._activations import activation
-from ._attention import AttentionMask, attend, bidirectional_mask, split_heads
+from ._attention import AttentionMask, attend, bidirectional_mask, split_heads, visible
+from ._cache import Memory
 from ._config import check_heads, number_of_labels, read_fields
 from ._encoder import (
     Positions,
@@ -18,13 +19,13 @@ from ._encoder import (
     encoder_family,
     output_layer,
     positions_of,
-    run_encoder,
     scores,
 )
 from ._family import Options
 from ._layers import Embed, LayerNorm, Linear, embed_tokens
 from ._outputs import BaseModelOutputWithPooling, ClassifierOutput, LMOutput
-from ._stack import layers
+from ._prefix import KeyValuePrefix, after, check_rows
+from ._stack import layers, run
 
 
 @dataclass(frozen=True)
@@ -88,9 +89,10 @@ class Embeddings(nnx.Module):
         token_type_ids: jax.Array | None,
         position_ids: jax.Array | None,
         inputs_embeds: jax.Array | None,
+        prefix: KeyValuePrefix | None,
     ) -> jax.Array:
         x = embed_tokens(self.word_embeddings, input_ids, inputs_embeds, self.options)
-        position_ids = positions_of(position_ids, input_ids, x, self.config, self.positions)
+        position_ids = positions_of(position_ids, input_ids, x, self.config, self.positions, prefix)
         if token_type_ids is None:
             token_type_ids = jnp.zeros((1, x.shape[1]), jnp.int32)
         x = x + self.token_type_embeddings(token_type_ids, x.dtype) + self.position_embeddings(position_ids, x.dtype)
@@ -104,8 +106,10 @@ class SelfAttention(nnx.Module):
         self.value = Linear(config.hidden_size, config.hidden_size)
         self.head_dim = config.hidden_size // config.num_attention_heads
 
-    def __call__(self, x: jax.Array, mask: AttentionMask) -> jax.Array:
+    def __call__(self, x: jax.Array, mask: AttentionMask, memory: Memory | None) -> jax.Array:
         query, key, value = (split_heads(layer(x), self.head_dim) for layer in (self.query, self.key, self.value))
+        if memory is not None:
+            key, value = after(memory, key, value)
         return attend(query, key, value, mask)
 
 
@@ -125,8 +129,8 @@ class Attention(nnx.Module):
         self.self = SelfAttention(config)
         self.output = Residual(config.hidden_size, config)
 
-    def __call__(self, x: jax.Array, mask: AttentionMask) -> jax.Array:
-        return self.output(self.self(x, mask), x)
+    def __call__(self, x: jax.Array, mask: AttentionMask, memory: Memory | None) -> jax.Array:
+        return self.output(self.self(x, mask, memory), x)
 
 
 class Intermediate(nnx.Module):
@@ -144,8 +148,8 @@ class Layer(nnx.Module):
         self.intermediate = Intermediate(config)
         self.output = Residual(config.intermediate_size, config)
 
-    def __call__(self, x: jax.Array, mask: AttentionMask) -> jax.Array:
-        x = self.attention(x, mask)
+    def __call__(self, x: jax.Array, mask: AttentionMask, memory: Memory | None) -> jax.Array:
+        x = self.attention(x, mask, memory)
         return self.output(self.intermediate(x), x)
 
 
@@ -154,8 +158,18 @@ class Encoder(nnx.Module):
         self.layer = layers(lambda number: Layer(config), ("layer",) * config.num_hidden_layers, options)
         self.options = options
 
-    def __call__(self, x: jax.Array, mask: AttentionMask, *, collect: bool) -> tuple[jax.Array, tuple[jax.Array, ...]]:
-        return run_encoder(self.layer, x, lambda layer, x: layer(x, mask), self.options, collect=collect)
+    def __call__(
+        self, x: jax.Array, mask: AttentionMask, prefix: KeyValuePrefix | None, *, collect: bool
+    ) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+        x, _, entered = run(
+            self.layer,
+            x,
+            lambda layer, x, memory, *_: (layer(x, mask, memory), None),
+            memories=None if prefix is None else prefix.memories(self.layer),
+            options=self.options,
+            collect=collect,
+        )
+        return x, entered
 
 
 class Pooler(nnx.Module):
@@ -167,7 +181,10 @@ class Pooler(nnx.Module):
 
 
 class BertModel(nnx.Module):
-    """The encoder, and with `pooler` the projection of its first token. `positions` numbers the tokens."""
+    """The encoder, and with `pooler` the projection of its first token. `positions` numbers the tokens.
+
+    Of `past_key_values` it takes a prefix, which every token sees.
+    """
 
     def __init__(self, config: BertConfig, options: Options, *, pooler: bool = True, positions: Positions = counted):
         self.embeddings = Embeddings(config, options, positions)
@@ -181,11 +198,16 @@ class BertModel(nnx.Module):
         token_type_ids: jax.Array | None = None,
         position_ids: jax.Array | None = None,
         inputs_embeds: jax.Array | None = None,
+        past_key_values: KeyValuePrefix | None = None,
         output_hidden_states: bool = False,
     ) -> BaseModelOutputWithPooling:
-        x = self.embeddings(input_ids, token_type_ids, position_ids, inputs_embeds)
+        x = self.embeddings(input_ids, token_type_ids, position_ids, inputs_embeds, past_key_values)
         mask = bidirectional_mask(attention_mask, *x.shape[:2])
-        x, entered = self.encoder(x, mask, collect=output_hidden_states)
+        if past_key_values is not None:
+            check_rows(past_key_values, x.shape[0])
+            seen = past_key_values.seen(visible(attention_mask, *x.shape[:2]), x.shape[1])
+            mask = AttentionMask(seen[:, None, None, :])
+        x, entered = self.encoder(x, mask, past_key_values, collect=output_hidden_states)
         pooled = None if self.pooler is None else self.pooler(x)
         return BaseModelOutputWithPooling(x, pooled, (*entered, x) if output_hidden_states else None)
 
@@ -253,6 +275,7 @@ BERT = encoder_family(
     bare=partial(BertModel, pooler=False),
     classifier=BertForSequenceClassification,
     masked_lm=BertForMaskedLM,
+    prefixed=True,
     tied={
         "cls.predictions.decoder.weight": "bert.embeddings.word_embeddings.weight",
         "cls.predictions.decoder.bias": "cls.predictions.bias",

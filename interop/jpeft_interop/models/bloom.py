@@ -15,7 +15,7 @@ import numpy as np
 from flax import nnx
 
 from ._attention import Context
-from ._cache import Cache, Memory
+from ._cache import Memory
 from ._call import DecoderCall, begin, context_of
 from ._causal import FULL, FeedForward, FusedAttention, through, token_numbers
 from ._config import check_heads, number_of_labels, read_fields, translated
@@ -23,6 +23,7 @@ from ._family import Options
 from ._heads import class_names, decoder_family
 from ._layers import Embed, LayerNorm, embed_tokens
 from ._outputs import BaseModelOutput
+from ._prefix import Past
 from ._stack import layers
 
 
@@ -117,7 +118,7 @@ class BloomModel(nnx.Module):
         input_ids: jax.Array | None = None,
         attention_mask: jax.Array | None = None,
         inputs_embeds: jax.Array | None = None,
-        past_key_values: Cache | None = None,
+        past_key_values: Past | None = None,
         cache_length: int | None = None,
         output_hidden_states: bool = False,
     ) -> BaseModelOutput:

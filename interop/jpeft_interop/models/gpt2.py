@@ -14,7 +14,7 @@ from flax import nnx
 from ._activations import activation
 from ._adaption import Prompt, attend_to_prompt
 from ._attention import Context, split_heads
-from ._cache import Cache, Memory
+from ._cache import Memory
 from ._call import begin, context_of
 from ._causal import FULL, check_length, look_back, through
 from ._config import check_heads, number_of_labels, read_fields, translated
@@ -22,6 +22,7 @@ from ._family import Options
 from ._heads import class_names, decoder_family
 from ._layers import Conv1D, Embed, LayerNorm, embed_tokens
 from ._outputs import BaseModelOutput
+from ._prefix import Past
 from ._stack import layers
 
 
@@ -148,14 +149,14 @@ class GPT2Model(nnx.Module):
         token_type_ids: jax.Array | None = None,
         position_ids: jax.Array | None = None,
         inputs_embeds: jax.Array | None = None,
-        past_key_values: Cache | None = None,
+        past_key_values: Past | None = None,
         cache_length: int | None = None,
         output_hidden_states: bool = False,
         adaption_prompts: Mapping[int, Prompt] | None = None,
     ) -> BaseModelOutput:
         x = embed_tokens(self.wte, input_ids, inputs_embeds, self.options)
         call = begin(x.shape[0], x.shape[1], attention_mask, position_ids, past_key_values, cache_length)
-        check_length(call.length, position_ids, self.max_positions)
+        check_length(call, position_ids, self.max_positions)
         x = x + self.wpe(call.positions, x.dtype)
         if token_type_ids is not None:
             x = x + self.wte(token_type_ids, x.dtype)

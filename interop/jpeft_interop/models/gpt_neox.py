@@ -13,7 +13,7 @@ from flax import nnx
 
 from ._activations import activation
 from ._attention import Context
-from ._cache import Cache, Memory
+from ._cache import Memory
 from ._call import begin, context_of
 from ._causal import FULL, FeedForward, FusedAttention, through
 from ._config import check_heads, number_of_labels, read_fields, translated
@@ -21,6 +21,7 @@ from ._family import Options
 from ._heads import class_names, decoder_family
 from ._layers import Embed, LayerNorm, embed_tokens
 from ._outputs import BaseModelOutput
+from ._prefix import Past
 from ._rotary import Rope, read_rope, rotary_tables
 from ._stack import layers
 
@@ -106,7 +107,7 @@ class GPTNeoXModel(nnx.Module):
         attention_mask: jax.Array | None = None,
         position_ids: jax.Array | None = None,
         inputs_embeds: jax.Array | None = None,
-        past_key_values: Cache | None = None,
+        past_key_values: Past | None = None,
         cache_length: int | None = None,
         output_hidden_states: bool = False,
     ) -> BaseModelOutput:

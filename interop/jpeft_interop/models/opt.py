@@ -14,7 +14,7 @@ from flax import nnx
 
 from ._activations import activation
 from ._attention import Context, check_position_ids, split_heads
-from ._cache import Cache, Memory
+from ._cache import Memory
 from ._call import DecoderCall, begin, context_of
 from ._causal import FULL, check_length, look_back, through, token_numbers
 from ._config import check_heads, number_of_labels, read_fields, translated
@@ -22,6 +22,7 @@ from ._family import Options
 from ._heads import class_names, decoder_family
 from ._layers import Embed, LayerNorm, Linear, embed_tokens, normalised
 from ._outputs import BaseModelOutput
+from ._prefix import Past
 from ._stack import layers
 
 EPSILON = 1e-5
@@ -146,7 +147,7 @@ class Decoder(nnx.Module):
         attention_mask: jax.Array | None = None,
         position_ids: jax.Array | None = None,
         inputs_embeds: jax.Array | None = None,
-        past_key_values: Cache | None = None,
+        past_key_values: Past | None = None,
         cache_length: int | None = None,
         output_hidden_states: bool = False,
     ) -> BaseModelOutput:
@@ -154,7 +155,7 @@ class Decoder(nnx.Module):
         # As in transformers, position_ids choose rows of the table and do not tell packed sequences apart.
         call = begin(x.shape[0], x.shape[1], attention_mask, None, past_key_values, cache_length)
         check_position_ids(position_ids, call.batch, call.length)
-        check_length(call.length, position_ids, self.max_positions)
+        check_length(call, position_ids, self.max_positions)
         x = x if self.project_in is None else self.project_in(x)
         positions = counted(call) if position_ids is None else position_ids
         x = x + self.embed_positions(positions + OFFSET, x.dtype)
@@ -168,10 +169,7 @@ class Decoder(nnx.Module):
 
 def counted(call: DecoderCall) -> jax.Array:
     """The positions `(batch or 1, length)` of the tokens of a call by the attention mask, -1 for padding."""
-    numbers = token_numbers(call)
-    if call.cache is None:
-        return numbers
-    return jax.lax.dynamic_slice_in_dim(numbers, call.cache.length, call.length, axis=1)
+    return jax.lax.dynamic_slice_in_dim(token_numbers(call), call.start, call.length, axis=1)
 
 
 class OPTModel(nnx.Module):

@@ -88,6 +88,7 @@ def _family(model_type: str, name: str, vocab_size: int) -> Family:
         bare=partial(RobertaModel, pooler=False),
         classifier=RobertaForSequenceClassification,
         masked_lm=RobertaForMaskedLM,
+        prefixed=True,
         tied={
             "lm_head.decoder.weight": "roberta.embeddings.word_embeddings.weight",
             "lm_head.decoder.bias": "lm_head.bias",

@@ -284,9 +284,9 @@ class Stack(nnx.Module):
         self, x: jax.Array, call: DecoderCall, context: Context, *, collect: bool
     ) -> tuple[jax.Array, Mapping[str, Memory], tuple[jax.Array, ...]]:
         """What a decoder does with its embedded input."""
-        keys = call.length if call.cache is None else call.cache.capacity
-        context = replace(context, bias=self._bias(call.positions[0], keys, x.dtype))
-        x, memories, entered = run_layers(self.block, x, context, self.options, cache=call.cache, collect=collect)
+        places = call.start + jnp.arange(call.length)
+        context = replace(context, bias=self._bias(places, call.keys, x.dtype))
+        x, memories, entered = run_layers(self.block, x, context, self.options, call=call, collect=collect)
         return self.final_layer_norm(x), memories, entered
 
     def _bias(self, queries: jax.Array, keys: int, dtype: DTypeLike) -> jax.Array:

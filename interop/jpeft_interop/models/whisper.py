@@ -205,9 +205,9 @@ class Decoder(nnx.Module):
     def __call__(
         self, x: jax.Array, call: DecoderCall, context: Context, *, collect: bool
     ) -> tuple[jax.Array, Mapping[str, Memory], tuple[jax.Array, ...]]:
-        check_length(x.shape[1], self.max_positions, "max_target_positions")
+        check_length(x.shape[1], self.max_positions, "max_target_positions", call.virtual)
         x = x + self.embed_positions(call.positions, x.dtype)
-        x, memories, entered = run_layers(self.layers, x, context, self.options, cache=call.cache, collect=collect)
+        x, memories, entered = run_layers(self.layers, x, context, self.options, call=call, collect=collect)
         return self.layer_norm(x), memories, entered
 
     def embed(self, ids: jax.Array | None, embeds: jax.Array | None) -> jax.Array:

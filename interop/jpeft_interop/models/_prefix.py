@@ -1,0 +1,111 @@
+"""Keys and values that come before the first token: what prefix tuning and cartridges give a model to attend to."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+
+from jpeft._stacks import stacked_numbers
+
+from ._cache import Cache, Memory
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class KeyValuePrefix:
+    """What a model takes as `past_key_values` in place of a cache, before the first token.
+
+    `key`, `value (layers, rows or 1, n, kv_heads, head_dim)`; one row is that of every row of the batch. `mask (rows,
+    n)`: bool, which of the n a row has, the last ones if not all; None: all. The tokens' positions begin after them.
+    """
+
+    key: jax.Array
+    value: jax.Array
+    mask: jax.Array | None = None
+
+    @property
+    def length(self) -> int:
+        """The n of the longest row."""
+        return self.key.shape[2]
+
+    @property
+    def starts(self) -> jax.Array | int:
+        """The position of the first token, `(rows, 1)` if rows differ in it."""
+        return self.length if self.mask is None else jnp.sum(self.mask, axis=1, keepdims=True, dtype=jnp.int32)
+
+    def seen(self, tokens: jax.Array | None, length: int) -> jax.Array:
+        """Which keys may be seen, bool `(rows or 1, n + length)`, `tokens (batch, length)` telling it of the tokens."""
+        own = jnp.ones((1, self.length), bool) if self.mask is None else self.mask
+        tokens = jnp.ones((1, length), bool) if tokens is None else tokens
+        rows = max(own.shape[0], tokens.shape[0])
+        return jnp.concatenate([jnp.broadcast_to(array, (rows, array.shape[1])) for array in (own, tokens)], axis=1)
+
+    def memories(self, names: Iterable[str]) -> dict[str, Memory]:
+        """What layers, or stacks of layers, of these names attend to; raises ValueError for another number of them."""
+        numbers = {name: stacked_numbers(name) or [int(name)] for name in names}
+        depth = max((max(own) + 1 for own in numbers.values()), default=0)
+        if self.key.shape[0] != depth:
+            raise ValueError(
+                f"the prefix is for {self.key.shape[0]} layers, the model has {depth}; expected a prefix made for this "
+                f"model: num_layers={depth}"
+            )
+        return {name: self._memory(name, own) for name, own in numbers.items()}
+
+    def _memory(self, name: str, numbers: range | list[int]) -> Memory:
+        if isinstance(numbers, range):
+            own = slice(numbers.start, numbers.stop, numbers.step)
+            return {"key": self.key[own], "value": self.value[own]}
+        return {"key": self.key[int(name)], "value": self.value[int(name)]}
+
+
+def spread_rows(prefix: KeyValuePrefix, rows: jax.Array) -> KeyValuePrefix:
+    """The prefix whose row `i` is row `rows[i]` of the given one, or the one row of it."""
+    if prefix.key.shape[1] == 1:
+        return prefix
+    mask = None if prefix.mask is None else prefix.mask[rows]
+    return KeyValuePrefix(prefix.key[:, rows], prefix.value[:, rows], mask)
+
+
+Past = Cache | KeyValuePrefix
+"""What a decoder takes as `past_key_values`: what an earlier call kept, or what comes before the first."""
+
+
+def after(memory: Memory, key: jax.Array, value: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Keys and values `(batch, length, kv_heads, head_dim)` with those of a layer's prefix before them.
+
+    Raises ValueError for a prefix with other heads.
+    """
+    layout = key.shape[2:]
+    for name, array in memory.items():
+        if array.shape[2:] != layout:
+            raise ValueError(
+                f"the prefix has {name}s of {array.shape[2]} heads of {array.shape[3]}, the model's are of "
+                f"{layout[0]} heads of {layout[1]}; expected a prefix made for this model: "
+                f"num_attention_heads={layout[0]} and token_dim={layout[0] * layout[1]}"
+            )
+    return tuple(
+        jnp.concatenate([jnp.broadcast_to(before, (new.shape[0], *before.shape[1:])).astype(new.dtype), new], axis=1)
+        for before, new in ((memory["key"], key), (memory["value"], value))
+    )  # type: ignore[return-value]
+
+
+def check_rows(prefix: KeyValuePrefix, batch: int) -> None:
+    """Raise ValueError for a prefix of another number of rows than the batch."""
+    rows = {prefix.key.shape[1], prefix.value.shape[1], *(() if prefix.mask is None else (prefix.mask.shape[0],))}
+    if rows - {1, batch}:
+        raise ValueError(f"the prefix has {max(rows)} rows, the input {batch}; expected as many, or one for all")
+
+
+def too_long(length: int, virtual: int, most: str) -> str:
+    """What an error says of a text of so many tokens after so many virtual ones.
+
+    >>> too_long(5, 4, "max_position_embeddings=8")
+    '9 tokens, 4 of them virtual, exceed max_position_embeddings=8: truncate the input, or learn a shorter prefix'
+    """
+    if not virtual:
+        return f"{length} tokens exceed {most}: truncate the input"
+    return (
+        f"{virtual + length} tokens, {virtual} of them virtual, exceed {most}: truncate the input, or learn a shorter "
+        "prefix"
+    )
