@@ -6,8 +6,8 @@ from typing import Any
 
 import jax
 
-from ._contract import RowInput
-from ._mixed import indices_of, row_inputs_of
+from ._contract import RowInput, method_of
+from ._mixed import MixedConfig, indices_of, row_inputs_of
 from ._params import PeftParams, Rng
 
 
@@ -20,7 +20,8 @@ def with_context(
     adapter_indices: for parameters of `mixed_batch`, which adapter each row of the batch gets: integers (rows,), -1 for
     none, or a list of names, "__base__" for none.
     row_inputs: what the adapters' methods ask for, by name, an entry a row: `alora_offsets` (rows,), see
-    `jpeft.alora_offsets`. An array is for all adapters that ask for it, a dict {adapter: array} for each its own.
+    `jpeft.alora_offsets`; `task_ids` (rows,), of Poly. An array is for all adapters that ask for it, a dict
+    {adapter: array} for each its own.
     Raises TypeError if `rng` is not a PRNG key, or for a name that no adapter asks for, and ValueError for indices or
     names that the parameters do not have, and for arrays of another form or of another number of rows.
 
@@ -52,11 +53,24 @@ def with_context(
 
 def _read(params: PeftParams, name: str, value: Any, asked: RowInput) -> Any:
     if not isinstance(value, Mapping):
-        return asked.read(value)
+        array = asked.read(value)
+        for adapter in params.active:
+            _check_entries(params.adapters[adapter].config, name, array)
+        return array
     unknown = [adapter for adapter in value if adapter not in params.adapters]
     if unknown:
         raise ValueError(f"{name} are for {unknown}; expected adapters among: {', '.join(params.adapters)}")
-    return {adapter: asked.read(own) for adapter, own in value.items()}
+    arrays = {adapter: asked.read(own) for adapter, own in value.items()}
+    for adapter, array in arrays.items():
+        _check_entries(params.adapters[adapter].config, name, array)
+    return arrays
+
+
+def _check_entries(config: Any, name: str, array: jax.Array) -> None:
+    # In a mixture an entry is for the adapter of its row.
+    asked = None if isinstance(config, MixedConfig) else method_of(config).row_inputs.get(name)
+    if asked is not None and asked.check is not None:
+        asked.check(array, config)
 
 
 def _check_rows(context: Mapping[str, Any]) -> None:

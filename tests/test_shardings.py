@@ -36,6 +36,8 @@ AXES = {
     "pvera": "pvera_lambda_b:o pvera_lambda_d:. pvera_A:.i pvera_B:o.",
     "randlora": "randlora_gamma:.. randlora_lambda:.. randlora_A:... randlora_B:...",
     "vblora": "vblora_logits_A:.i. vblora_logits_B:o.. vblora_vector_bank:..",
+    "poly": "poly_lora_A:..i. poly_lora_B:...o poly_router.module_logits:..",
+    "poly, split": "poly_lora_A:.... poly_lora_B:.... poly_router.module_logits:..",
     "lily": "lily_router:.. lily_A.up:.i lily_B.up:.o",
     "unilora": "unilora_indices_A:.i unilora_indices_B:o. unilora_scales_A:.i unilora_scales_B:o. unilora_theta_d:.",
     "tinylora": "tinylora_A:.i tinylora_B:o. tinylora_P:... tinylora_v.0:.",

@@ -50,6 +50,7 @@ _DIFFERENCES: Mapping[str, Mapping[str, Any]] = {
     "TRAINABLE_TOKENS": {
         "lacks": frozenset({"bias", "exclude_modules", "layers_pattern", "layers_to_transform", "modules_to_save"})
     },
+    "SHADOW": {"lacks": frozenset({"bias"}), "unwritten": frozenset({"shadow_tensors"})},
     "SHIRA": {
         "lacks": frozenset({"bias", "exclude_modules", "layers_pattern", "layers_to_transform"}),
         "unwritten": frozenset({"mask_fn"}),
@@ -123,6 +124,7 @@ _DIFFERENCES: Mapping[str, Mapping[str, Any]] = {
         "layers": frozenset({"peanut_A", "peanut_B", "peanut_encoders", "peanut_decoders"}),
         "lacks": frozenset({"bias"}),
     },
+    "POLY": {"lacks": frozenset({"bias", "layers_pattern", "layers_to_transform"})},
     "PSOFT": {"lacks": frozenset({"bias"})},
     "LILY": {
         "layers": frozenset({"lily_A", "lily_B", "lily_router"}),

@@ -9,15 +9,15 @@ import jax.numpy as jnp
 
 import jpeft
 from jpeft import PeftParams, TaskType
-from jpeft._activation import OFFSETS, awaits_offsets, with_offsets, without_offsets
+from jpeft._activation import awaits_offsets, with_offsets, without_offsets
 
 
-def with_told_offsets(params: PeftParams, offsets: Any) -> PeftParams:
-    """The parameters with offsets that the caller gives; None: as they are."""
-    if offsets is None:
+def with_told(params: PeftParams, **row_inputs: Any) -> PeftParams:
+    """The parameters with what the caller says of the rows of a call; None: as they are."""
+    given = {name: value for name, value in row_inputs.items() if value is not None}
+    if not given:
         return params
-    given = jpeft.with_context(params, alora_offsets=offsets).context[OFFSETS]
-    return dataclasses.replace(params, context={**params.context, OFFSETS: given})
+    return dataclasses.replace(params, context={**params.context, **jpeft.with_context(params, **given).context})
 
 
 def with_found_offsets(

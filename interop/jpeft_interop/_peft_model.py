@@ -36,7 +36,7 @@ from ._forwarding import Tuner, forwarded
 from ._hub import HubOptions
 from ._idle import warn_idle
 from ._inject import injected
-from ._invocations import with_found_offsets, with_told_offsets
+from ._invocations import with_found_offsets, with_told
 from ._push import PushOptions, push_folder
 from ._status import TunerLayerStatus, TunerModelStatus, layer_status, model_status
 from ._task_classes import CLASSES, class_for, of_task
@@ -126,26 +126,37 @@ class PeftModel:
     # ---- what it computes -------------------------------------------------------------------------------------------
 
     def __call__(
-        self, *args: Any, adapter_names: Sequence[str] | None = None, alora_offsets: Any = None, **kwargs: Any
+        self,
+        *args: Any,
+        adapter_names: Sequence[str] | None = None,
+        alora_offsets: Any = None,
+        task_ids: Any = None,
+        **kwargs: Any,
     ) -> Any:
         """The model's outputs: one compiled program for a shape of the arrays and for a value of each switch.
 
         adapter_names: of each row of the batch, "__base__" for none, in place of the active adapters. alora_offsets:
         of each row, where activated adapters begin, counted from the end; of a language model its `input_ids` tell.
+        task_ids: of each row, for methods that learn several tasks.
         """
-        params = with_told_offsets(in_rows(self.face, adapter_names), alora_offsets)
+        params = with_told(in_rows(self.face, adapter_names), alora_offsets=alora_offsets, task_ids=task_ids)
         return self._call(with_found_offsets(params, self.task_type, args, kwargs), *args, **kwargs)
 
     def generate(
-        self, *args: Any, adapter_names: Sequence[str] | None = None, alora_offsets: Any = None, **kwargs: Any
+        self,
+        *args: Any,
+        adapter_names: Sequence[str] | None = None,
+        alora_offsets: Any = None,
+        task_ids: Any = None,
+        **kwargs: Any,
     ) -> Any:
         """`FlaxModel.generate` with the adapters; raises TypeError for a model that does not generate.
 
-        adapter_names, alora_offsets: as for a call of the model.
+        adapter_names, alora_offsets, task_ids: as for a call of the model.
         """
         if self.face.base.generate is None:
             raise TypeError(f"{self.face.base.class_name} has no generate; expected a model of jpeft_interop.models")
-        params = with_told_offsets(in_rows(self.face, adapter_names), alora_offsets)
+        params = with_told(in_rows(self.face, adapter_names), alora_offsets=alora_offsets, task_ids=task_ids)
         return self.face.base.generate(params, *args, **kwargs)
 
     @property

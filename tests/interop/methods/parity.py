@@ -33,6 +33,7 @@ class Row:
     not compared; no_forward: why PEFT's own forward is not, but its merged weights. same_bytes: whether what is loaded
     is written back to the bit. merges: whether the method merges. precious: whether arrays that follow from the base
     may come out otherwise in PyTorch (signs, near ties), so that its own are compared with ours and then taken.
+    context: what a call brings for the rows of its batch.
     """
 
     name: str
@@ -48,6 +49,7 @@ class Row:
     same_bytes: bool = True
     merges: bool = True
     precious: bool = False
+    context: Mapping[str, tuple[int, ...]] = dataclasses.field(default_factory=dict)
 
 
 # ---- models ---------------------------------------------------------------------------------------------------------
@@ -293,8 +295,12 @@ def settled(model: Any) -> Any:
 
 
 def torch_outputs(row: Row, model: Any) -> np.ndarray:
+    ids, given = torch.tensor(twin(row.twin).ids), {}
+    if row.context and isinstance(model, peft.PeftModel):
+        # A PeftModel of no task hands such arguments to the base model.
+        model, given = model.base_model, {name: torch.tensor(own) for name, own in row.context.items()}
     with torch.no_grad():
-        return model(torch.tensor(twin(row.twin).ids)).numpy()
+        return model(ids, **given).numpy()
 
 
 def expected_outputs(row: Row, model: Any) -> np.ndarray:
@@ -303,7 +309,7 @@ def expected_outputs(row: Row, model: Any) -> np.ndarray:
 
 
 def jax_outputs(row: Row, wrapped: jpeft.PeftParams) -> np.ndarray:
-    pair = twin(row.twin)
+    pair, wrapped = twin(row.twin), jpeft.with_context(wrapped, **row.context)
     return np.asarray(jax.jit(jpeft.lift(pair.apply))(wrapped, pair.ids))
 
 
