@@ -12,6 +12,7 @@ from ._adapters import (
     rename_adapter as rename_adapter,
     rescale_adapter_scale as rescale_adapter_scale,
 )
+from ._adaption import adaption_attention as adaption_attention, adaption_prompts as adaption_prompts
 from ._arrow import create_arrow_adapter as create_arrow_adapter
 from ._capture import capture_inputs as capture_inputs
 from ._checkpoint import Checkpointer as Checkpointer
@@ -98,6 +99,7 @@ from .methods._lora_config import (
 )
 from .methods.adalora import AdaLoraConfig as AdaLoraConfig
 from .methods.adamss import AdamssConfig as AdamssConfig
+from .methods.adaption_prompt import AdaptionPromptConfig as AdaptionPromptConfig
 from .methods.beft import BeftConfig as BeftConfig
 from .methods.boft import BOFTConfig as BOFTConfig
 from .methods.c3a import C3AConfig as C3AConfig

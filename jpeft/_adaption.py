@@ -1,7 +1,13 @@
-"""The attention to an adaption prompt (LLaMA-Adapter), for any model to add to its own."""
+"""Adaption prompts (LLaMA-Adapter) in a model: those that are in use, and what attention to one of them adds."""
+
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+
+from ._config import PeftType
+from ._params import Adapter
+from ._wrap import checked_params
 
 
 def adaption_attention(query: jax.Array, key: jax.Array, value: jax.Array, gate: jax.Array) -> jax.Array:
@@ -24,8 +30,7 @@ def adaption_attention(query: jax.Array, key: jax.Array, value: jax.Array, gate:
     ...     y = jax.nn.dot_product_attention(heads(x, "q"), heads(x, "k"), heads(x, "v"))
     ...     key, value = (heads(adaption["adaption_prompt"], name) for name in ("k", "v"))
     ...     return y + jpeft.adaption_attention(heads(x, "q"), key, value, adaption["adaption_gate"])
-    >>> prompts = wrapped.adapters["default"].weights
-    >>> jpeft.lift(attention)(wrapped, jax.numpy.ones((2, 5, 8)), prompts["attn"]).shape
+    >>> jpeft.lift(attention)(wrapped, jax.numpy.ones((2, 5, 8)), jpeft.adaption_prompts(wrapped)["attn"]).shape
     (2, 5, 2, 4)
 
     Source: https://arxiv.org/abs/2303.16199, and PEFT's AdaptedAttention.
@@ -46,3 +51,29 @@ def adaption_attention(query: jax.Array, key: jax.Array, value: jax.Array, gate:
     weights = jax.nn.softmax(scores.astype(jnp.float32) * head_dim**-0.5, axis=-1)
     weights = weights * jnp.reshape(gate, ()).astype(jnp.float32)
     return jnp.einsum("...kgqn,...nkd->...qkgd", weights.astype(query.dtype), value).reshape(query.shape)
+
+
+def adaption_prompts(wrapped: Any) -> dict[str, dict[str, jax.Array]]:
+    """The prompts of the active adapter of `AdaptionPromptConfig`, for the model's function; none if there is none.
+
+    {path of a layer's attention: {"adaption_prompt": (1, n, hidden), "adaption_gate": (1,)}}. Raises ValueError if
+    several such adapters are active, of which PEFT, too, has one at a time; TypeError if `wrapped` does not come from
+    `jpeft.wrap`.
+
+    >>> import jax.numpy as jnp, jpeft
+    >>> params = {"attn": {name: {"kernel": jnp.ones((8, 8))} for name in "qkv"}}
+    >>> wrapped = jpeft.wrap(params, jpeft.AdaptionPromptConfig(adapter_len=3, adapter_layers=1))
+    >>> list(adaption_prompts(wrapped)), adaption_prompts(jpeft.disable_adapters(wrapped))
+    (['attn'], {})
+    """
+    own = [name for name in checked_params(wrapped).active if _is_of_prompts(wrapped.adapters[name])]
+    if len(own) > 1:
+        raise ValueError(
+            f"the active adapters {', '.join(map(repr, own))} have adaption prompts for the same attention; expected "
+            "one of them: jpeft.set_adapter(params, name)"
+        )
+    return dict(wrapped.adapters[own[0]].weights) if own else {}
+
+
+def _is_of_prompts(adapter: Adapter) -> bool:
+    return adapter.config.peft_type == PeftType.ADAPTION_PROMPT

@@ -75,12 +75,14 @@ def slots(adapter: Adapter, leaves: Mapping[str, Any], family: Family, layouts: 
     Raises ValueError for stacks of modules, kernels of unknown layout, and arrays that would have the same key.
     """
     refuse_stacks(path for path, site in adapter.sites.items() if site.stack and not _is_expert_stack(site))
-    modules = {path: family.module(path) for path in adapter.sites} | nesting(adapter.sites, family)
+    # Arrays of some methods are those of modules that they do not adapt themselves.
+    holders = dict.fromkeys((*adapter.sites, *adapter.weights))
+    modules = {path: family.module(path) for path in holders} | nesting(adapter.sites, family)
     method, form = method_of(adapter.config), format_of(adapter.config)
     if method.ordered(adapter.config):
         _warn_of_order(adapter)
     entries = [
-        (_weight_key(modules[path], name, form), _weight_slot(adapter.sites[path], name, tuple(array.shape), form))
+        (_weight_key(modules[path], name, form), _weight_slot(path, adapter.sites, name, tuple(array.shape), form))
         for path, arrays in adapter.weights.items()
         for name, array in arrays.items()
         if method.in_files(name, adapter.config)
@@ -164,10 +166,11 @@ def _is_expert_stack(site: Site) -> bool:
     return is_parameter(site) and len(site.stack) == 1
 
 
-def _weight_slot(site: Site, name: str, shape: tuple[int, ...], form: Format) -> Slot:
-    if not site.stack:
-        return Slot("weights", site.path, name, shape, integers=form.integers.get(name))
-    return Slot("weights", site.path, name, experts_shape(shape, name), experts=site.stack[0])
+def _weight_slot(path: str, sites: Mapping[str, Site], name: str, shape: tuple[int, ...], form: Format) -> Slot:
+    stack = sites[path].stack if path in sites else ()
+    if not stack:
+        return Slot("weights", path, name, shape, integers=form.integers.get(name))
+    return Slot("weights", path, name, experts_shape(shape, name), experts=stack[0])
 
 
 def _weight_key(module: str, name: str, form: Format) -> str:

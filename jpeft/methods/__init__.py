@@ -3,6 +3,7 @@
 from . import (
     adalora as adalora,
     adamss as adamss,
+    adaption_prompt as adaption_prompt,
     alora as alora,
     arrow as arrow,
     bdlora as bdlora,
