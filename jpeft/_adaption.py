@@ -9,6 +9,9 @@ from ._config import PeftType
 from ._params import Adapter
 from ._wrap import checked_params
 
+ADAPTION_PROMPTS = "adaption_prompts"
+"""The name under which a model is given them."""
+
 
 def adaption_attention(query: jax.Array, key: jax.Array, value: jax.Array, gate: jax.Array) -> jax.Array:
     """What an adaption prompt adds to an attention's output: `gate * softmax(q kᵀ / sqrt(head_dim)) v`.

@@ -15,6 +15,7 @@ from jpeft._sites import candidates
 from jpeft._stacks import unstacked
 from jpeft._targets import module_paths, saved_modules
 
+from ._adaption_inputs import check_attention_of
 from ._base_model import BaseModel, laid_out
 from ._default_targets import with_default_targets
 from ._family import FAMILIES
@@ -85,6 +86,7 @@ def resolved(
     config: jpeft.PeftConfig, base: BaseModel, params: Any, layouts: Mapping[str, str] | None = None
 ) -> jpeft.PeftConfig:
     """The config with default targets, the head of its task and the name of the base model."""
+    check_attention_of(config, base)
     config = with_heads(with_default_targets(config, base.model_type), _modules(params, layouts or {}))
     if base.name_or_path is None or config.base_model_name_or_path == base.name_or_path:
         return config

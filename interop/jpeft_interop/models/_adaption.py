@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jpeft._adaption import adaption_attention
+from jpeft._adaption import ADAPTION_PROMPTS, adaption_attention
 from jpeft._stacks import layer_paths
 
 from ._family import Family
@@ -15,9 +15,6 @@ from ._leaves import Leaf
 
 Prompt = Mapping[str, jax.Array]
 """`adaption_prompt (1, n, hidden)` and `adaption_gate (1,)` of one attention, as PEFT's files have them."""
-
-ADAPTION_PROMPTS = "adaption_prompts"
-"""The name of the input."""
 
 TAKERS = "gpt2, llama, mistral"
 """The families whose attention takes adaption prompts: those that PEFT has them for."""
@@ -34,17 +31,22 @@ def attentions(leaves: Mapping[str, Leaf], name: str) -> dict[str, int]:
     return found
 
 
+def check_takes_prompts(family: Family) -> str:
+    """The name of a layer's attention; raises TypeError for a family whose attention takes no prompts."""
+    if family.adapted_attention is None:
+        raise TypeError(
+            f"the attention of a {family.model_type} model takes no adaption prompts; expected a model of: {TAKERS}"
+        )
+    return family.adapted_attention
+
+
 def by_layer(given: Mapping[str, Prompt], leaves: Mapping[str, Leaf], family: Family) -> dict[int, Prompt]:
     """The prompts by the numbers of their layers.
 
     Raises TypeError for a family whose attention takes none, ValueError for a path that is no layer's attention, and
     for arrays of other names or shapes.
     """
-    if family.adapted_attention is None:
-        raise TypeError(
-            f"the attention of a {family.model_type} model takes no adaption prompts; expected a model of: {TAKERS}"
-        )
-    known = attentions(leaves, family.adapted_attention)
+    known = attentions(leaves, check_takes_prompts(family))
     if unknown := [path for path in given if path not in known]:
         raise ValueError(
             f"{ADAPTION_PROMPTS} are for {', '.join(unknown)}; expected the attention of layers: {', '.join(known)}"
@@ -61,8 +63,8 @@ def by_layer(given: Mapping[str, Prompt], leaves: Mapping[str, Leaf], family: Fa
 
 
 def with_prompts(given: Mapping[str, Mapping[str, Any]] | None) -> dict[str, Any]:
-    """The input by its name, as arrays, or nothing."""
-    return {} if given is None else {ADAPTION_PROMPTS: jax.tree.map(jnp.asarray, given)}
+    """The input by its name, as arrays, if there are prompts."""
+    return {} if not given else {ADAPTION_PROMPTS: jax.tree.map(jnp.asarray, given)}
 
 
 def attend_to_prompt(

@@ -8,9 +8,10 @@ from typing import Any
 from flax import nnx
 
 import jpeft
+from jpeft._adaption import ADAPTION_PROMPTS
 from jpeft._quantized import is_quantized
 
-from ._adaption import ADAPTION_PROMPTS, by_layer
+from ._adaption import by_layer
 from ._family import Architecture, Family, Options
 from ._leaves import Leaf, check_paths, flatten, leaves_of
 from ._spread import spread_scores

@@ -15,6 +15,7 @@ import jpeft
 from jpeft._activation import OFFSETS, with_offsets
 from jpeft._mixed import with_rows
 
+from ._adaption import with_prompts
 from ._beam import Beams, beam_search
 from ._blueprint import Blueprint, run_network
 from ._decoding import SEQ2SEQ, Decoder, LogitsProcessor, causal, right_aligned, trailing
@@ -177,6 +178,8 @@ def _compiled(
     warp: Warp,
     key: jax.Array,
 ) -> GenerationOutput:
+    own = with_prompts(jpeft.adaption_prompts(params)) if isinstance(params, jpeft.PeftParams) else {}
+
     def plain(params: Any, arrays: Mapping[str, Any], static: Mapping[str, Any]) -> Any:
         return run_network(blueprint, params, {**arrays, **static})
 
@@ -191,7 +194,7 @@ def _compiled(
         with warnings.catch_warnings():
             # The encoder alone, and a step of the decoder, have a use for a part of the adapters each.
             warnings.filterwarnings("ignore", message="the function uses no weight of")
-            return jpeft.lift(call)(with_rows(params, batch), arrays)
+            return jpeft.lift(call)(with_rows(params, batch), {**arrays, **own})
 
     decoder = _decoder(blueprint)
     if isinstance(params, jpeft.PeftParams) and decoder is not SEQ2SEQ:
