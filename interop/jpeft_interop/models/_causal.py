@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +14,7 @@ from ._attention import Context, attend, remember, split_heads
 from ._cache import Memory
 from ._call import DecoderCall, cache_after
 from ._family import Options
+from ._hook import Hook
 from ._layers import Linear
 from ._outputs import BaseModelOutput
 from ._prefix import too_long
@@ -79,20 +81,30 @@ def through(
     options: Options,
     collect: bool,
     adaption_prompts: Mapping[int, Prompt] | None = None,
+    hook: Hook | None = None,
 ) -> BaseModelOutput:
     """Put the embedded input through all layers `(x, context, memory) -> (x, memory)`, and then through `finish`.
 
-    `adaption_prompts`: what the context of single layers holds besides, by number.
+    `adaption_prompts`: what the context of single layers holds besides, by number. `hook`: in place of them, what acts
+    around the layers.
     """
+
+    def one(layer: Any, x: jax.Array, memory: Memory | None, own: Any) -> tuple[jax.Array, Memory | None]:
+        return layer(x, context if own is None else replace(context, adaption=own), memory)
+
+    if hook is not None and adaption_prompts is not None:
+        raise ValueError("the layers are given adaption prompts and a shadow, which do not go together; expected one")
     x, memories, entered = run(
         modules,
-        x,
-        lambda layer, x, memory, own: layer(x, context if own is None else replace(context, adaption=own), memory),
+        x if hook is None else (x, hook.state),
+        one if hook is None else hook.around(one),
         memories=call.memories(modules),
-        own=adaption_prompts,
+        own=adaption_prompts if hook is None else hook.layers,
         options=options,
         collect=collect,
     )
+    if hook is not None:
+        (x, _), entered = x, tuple(x for x, _ in entered)
     x = finish(x)
     return BaseModelOutput(x, cache_after(call, memories), (*entered, x) if collect else None)
 

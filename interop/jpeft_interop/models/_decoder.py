@@ -5,6 +5,7 @@ A family is a function that makes its layer from these parts, and another that r
 
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import jax
@@ -23,6 +24,7 @@ from ._layers import Embed, GatedMLP, Linear, RMSNorm, embed_tokens
 from ._outputs import BaseModelOutput
 from ._prefix import Past
 from ._rotary import Rope, apply_rotary, read_rope, rotary_tables
+from ._shadow import Shadow, with_shadow
 from ._stack import layers
 
 FULL, SLIDING = "full_attention", "sliding_attention"
@@ -253,6 +255,7 @@ class Decoder(nnx.Module):
         cache_length: int | None = None,
         output_hidden_states: bool = False,
         adaption_prompts: Mapping[int, Prompt] | None = None,
+        shadow: Shadow | None = None,
     ) -> BaseModelOutput:
         config = self.config
         x = embed_tokens(self.embed_tokens, input_ids, inputs_embeds, self.options)
@@ -262,7 +265,8 @@ class Decoder(nnx.Module):
         windows = {kind: config.sliding_window if kind == SLIDING else None for kind, _ in config.ropes}
         rotary = {kind: rotary_tables(rope, call.positions, x.dtype) for kind, rope in config.ropes}
         context = context_of(call, windows, rotary)
-        return through(
+        go = partial(
+            through,
             self.layers,
             x,
             call,
@@ -271,4 +275,15 @@ class Decoder(nnx.Module):
             options=self.options,
             collect=output_hidden_states,
             adaption_prompts=adaption_prompts,
+        )
+        return with_shadow(
+            shadow,
+            x,
+            lambda hook: go(hook=hook),
+            input_ids=input_ids,
+            past=past_key_values,
+            embedding_scale=config.embedding_scale,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            cache_length=cache_length,
         )

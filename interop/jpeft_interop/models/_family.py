@@ -9,6 +9,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from ._losses import ClassificationLoss, classification_loss
+from ._mirror import Sizes
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,8 @@ class Family:
     class needs. `layouts`: {regular expression of a leaf: layout} for `jpeft.wrap`, where a shape does not tell it.
     `decodes`: whether its networks keep a cache and can generate. `prefixed`: whether, without a cache, they take a
     prefix of keys and values. `adapted_attention`: the name of a layer's attention, if that takes adaption prompts.
-    `classification_loss`: of sequences and images.
+    `mirror(config, sizes)`: the config of a smaller model, if its networks take a shadow. `classification_loss`: of
+    sequences and images.
     """
 
     model_type: str
@@ -71,4 +73,5 @@ class Family:
     decodes: bool = False
     prefixed: bool = False
     adapted_attention: str | None = None
+    mirror: Callable[[Any, Sizes], Any] | None = None
     classification_loss: ClassificationLoss = classification_loss

@@ -20,6 +20,7 @@ from ._beam import Beams, beam_search
 from ._blueprint import Blueprint, run_network
 from ._decoding import SEQ2SEQ, Decoder, LogitsProcessor, causal, right_aligned, trailing
 from ._sampling import Draw, Warp, greedy, sample
+from ._shadow import SHADOW, shadow_of
 
 if TYPE_CHECKING:
     from ._model import FlaxModel
@@ -189,6 +190,8 @@ def _compiled(
         call = partial(plain, static=static)
         if not isinstance(params, jpeft.PeftParams):
             return call(params, arrays)
+        if (shadow := shadow_of(blueprint, params)) is not None:
+            arrays[SHADOW] = shadow
         # Beams and several sequences for a prompt repeat the rows of a mixed batch.
         batch = arrays["decoder_input_ids" if "decoder_input_ids" in arrays else "input_ids"].shape[0]
         with warnings.catch_warnings():

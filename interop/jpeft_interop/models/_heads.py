@@ -16,6 +16,8 @@ from ._family import Architecture, Family, Options
 from ._layers import Linear
 from ._losses import chunked_causal_lm_loss
 from ._outputs import ClassifierOutput, LMOutput, QuestionAnsweringOutput
+from ._shadow import SHADOW
+from ._shadow_loss import of_sequences, of_tokens
 
 Backbone = Callable[[Any, Options], Any]
 
@@ -48,17 +50,22 @@ class CausalLM(nnx.Module):
         **inputs: Any,
     ) -> LMOutput:
         output = getattr(self, self.names[0])(**inputs)
+        beside = of_tokens(inputs.get(SHADOW), output.shadow_state, self.unbounded_scores, labels, loss_chunk_size)
         if labels is not None and loss_chunk_size is not None:
             loss = chunked_causal_lm_loss(output.last_hidden_state, self.scores, labels, loss_chunk_size)
-            return LMOutput(None, output.past_key_values, output.hidden_states, loss)
+            return LMOutput(None, output.past_key_values, output.hidden_states, loss, beside)
         x = output.last_hidden_state if logits_to_keep is None else output.last_hidden_state[:, -logits_to_keep:]
-        return LMOutput(self.scores(x), output.past_key_values, output.hidden_states)
+        return LMOutput(self.scores(x), output.past_key_values, output.hidden_states, shadow_loss=beside)
 
     def scores(self, x: jax.Array) -> jax.Array:
         """`(..., features) -> (..., vocab)`."""
-        prefix, head = self.names
-        logits = getattr(self, prefix).input_embedding.attend(x) if head is None else getattr(self, head)(x)
+        logits = self.unbounded_scores(x)
         return logits if self.softcap is None else self.softcap * jnp.tanh(logits / self.softcap)
+
+    def unbounded_scores(self, x: jax.Array) -> jax.Array:
+        """The same without the config's bound: what a shadow is judged by."""
+        prefix, head = self.names
+        return getattr(self, prefix).input_embedding.attend(x) if head is None else getattr(self, head)(x)
 
 
 class SequenceClassification(nnx.Module):
@@ -79,13 +86,14 @@ class SequenceClassification(nnx.Module):
         self.names = (prefix, head)
         self.pad_token_id = config.pad_token_id
 
-    def __call__(self, **inputs: Any) -> ClassifierOutput:
+    def __call__(self, *, labels: jax.Array | None = None, **inputs: Any) -> ClassifierOutput:
         prefix, head = self.names
         output = getattr(self, prefix)(**inputs)
+        beside = of_sequences(inputs.get(SHADOW), output.shadow_state, inputs.get("attention_mask"), labels)
         x = output.last_hidden_state
         last = last_token(inputs.get("input_ids"), self.pad_token_id, *x.shape[:2])
         logits = getattr(self, head)(jnp.take_along_axis(x, last[:, None, None], axis=1)[:, 0])
-        return ClassifierOutput(logits, output.hidden_states)
+        return ClassifierOutput(logits, output.hidden_states, shadow_loss=beside)
 
 
 class TokenClassification(nnx.Module):

@@ -18,6 +18,8 @@ from ._leaves import check_paths, flatten
 from ._losses import decoder_inputs, targets_of, with_loss
 from ._prefix import Past
 from ._saving import write_checkpoint
+from ._shadow import SHADOW, Shadow
+from ._shadow_loss import SCORED, with_shadow_loss
 
 _DECODER_INPUTS = {"decoder_input_ids", "decoder_inputs_embeds"}
 
@@ -61,6 +63,7 @@ class FlaxModel:
         logits_to_keep: int | None = None,
         loss_chunk_size: int | None = None,
         adaption_prompts: Mapping[str, Mapping[str, ArrayLike]] | None = None,
+        shadow: Shadow | None = None,
         **inputs: ArrayLike | None,
     ) -> Any:
         """Run the network: a pure function of `params` and the inputs, for use under jit, grad, vmap and scan.
@@ -77,7 +80,8 @@ class FlaxModel:
 
         `adaption_prompts`, of Llama, Mistral and GPT-2: {path of a layer's attention: {"adaption_prompt": (1, n,
         hidden), "adaption_gate": (1,)}}, as the `weights` of an adapter of `jpeft.AdaptionPromptConfig` are;
-        `jpeft_interop.prepare_inputs` puts those of the active adapter there.
+        `jpeft_interop.prepare_inputs` puts those of the active adapter there, and as `shadow`, of Llama-like decoders
+        and GPT-2, that of `jpeft.ShadowConfig`, whose own loss is then in the loss.
 
         The rest is static under jit. `output_hidden_states`: whether to return `hidden_states`. `logits_to_keep`: of
         a causal language model, return the logits of that many last tokens only. `cache_length`: return
@@ -103,6 +107,7 @@ class FlaxModel:
             "output_hidden_states": output_hidden_states or None,
             "logits_to_keep": logits_to_keep,
             "loss_chunk_size": loss_chunk_size,
+            SHADOW: shadow,
         }
         static = {name: value for name, value in static.items() if value is not None}
         self._check_inputs({**given, **static})
@@ -111,13 +116,14 @@ class FlaxModel:
             given["decoder_input_ids"] = decoder_inputs(targets["labels"], start, pad)
         if loss_chunk_size is not None:
             self._check_chunks(targets, logits_to_keep)
+        if loss_chunk_size is not None or (shadow is not None and self.task in SCORED):
             given |= targets
         arrays = {k: jnp.asarray(v) for k, v in given.items()}
         output = run_network(self.blueprint, params, {**arrays, **with_prompts(adaption_prompts), **static})
-        if not targets or loss_chunk_size is not None:
-            return output
-        classify, problem = self.blueprint.family.classification_loss, self.config_dict.get("problem_type")
-        return with_loss(output, targets, self.task, classify, problem)
+        if targets and loss_chunk_size is None:
+            classify, problem = self.blueprint.family.classification_loss, self.config_dict.get("problem_type")
+            output = with_loss(output, targets, self.task, classify, problem)
+        return with_shadow_loss(output, shadow)
 
     def generate(
         self,
@@ -195,6 +201,8 @@ class FlaxModel:
             takes |= {"logits_to_keep"}
         if self.task == "causal-lm":
             takes |= {"loss_chunk_size"}
+        if family.mirror is not None:
+            takes |= {SHADOW}
         if unknown := set(given) - takes:
             raise TypeError(f"{architecture.name} takes {', '.join(family.inputs)}; got {', '.join(sorted(unknown))}")
 

@@ -1,6 +1,7 @@
 """What a model returns: frozen dataclasses registered as pytrees, with the field names of `transformers`.
 
-Fields that a call did not ask for, or that a model does not have, are None; so is `loss` without labels.
+Fields that a call did not ask for, or that a model does not have, are None; so is `loss` without labels. `shadow_loss`
+is that of a shadow's own predictions.
 """
 
 from dataclasses import dataclass
@@ -16,11 +17,12 @@ HiddenStates = tuple[jax.Array, ...] | None
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class BaseModelOutput:
-    """`last_hidden_state (batch, length, hidden)`; with a cache, `past_key_values`."""
+    """`last_hidden_state (batch, length, hidden)`; with a cache, `past_key_values`; a shadow's `shadow_state` alike."""
 
     last_hidden_state: jax.Array
     past_key_values: Cache | None = None
     hidden_states: HiddenStates = None
+    shadow_state: jax.Array | None = None
 
 
 @jax.tree_util.register_dataclass
@@ -42,6 +44,7 @@ class LMOutput:
     past_key_values: Cache | None = None
     hidden_states: HiddenStates = None
     loss: jax.Array | None = None
+    shadow_loss: jax.Array | None = None
 
 
 @jax.tree_util.register_dataclass
@@ -77,6 +80,7 @@ class ClassifierOutput:
     logits: jax.Array
     hidden_states: HiddenStates = None
     loss: jax.Array | None = None
+    shadow_loss: jax.Array | None = None
 
 
 @jax.tree_util.register_dataclass

@@ -15,6 +15,7 @@ from ._config import refuse
 from ._decoder import FULL, SLIDING, Attention, Decoder, DecoderConfig, PreNormLayer, gated_mlp, read_decoder
 from ._heads import class_names, decoder_family
 from ._layers import normalised
+from ._mirror import mirror_decoder
 from ._parameters import parameter, whole, zeros
 
 _GEMMA_DEFAULTS = {
@@ -174,8 +175,20 @@ _GEMMA3_CLASSES = {
 _WITHOUT = ("question-answering",)
 _model = partial(Decoder, norm=RMSNorm)
 
-GEMMA = decoder_family("gemma", read_gemma, partial(_model, layer=gemma_layer), class_names("Gemma", without=_WITHOUT))
-GEMMA2 = decoder_family(
-    "gemma2", read_gemma2, partial(_model, layer=gemma2_layer), class_names("Gemma2", without=_WITHOUT)
+GEMMA = decoder_family(
+    "gemma",
+    read_gemma,
+    partial(_model, layer=gemma_layer),
+    class_names("Gemma", without=_WITHOUT),
+    mirror=mirror_decoder,
 )
-GEMMA3 = decoder_family("gemma3_text", read_gemma3, partial(_model, layer=gemma3_layer), _GEMMA3_CLASSES)
+GEMMA2 = decoder_family(
+    "gemma2",
+    read_gemma2,
+    partial(_model, layer=gemma2_layer),
+    class_names("Gemma2", without=_WITHOUT),
+    mirror=mirror_decoder,
+)
+GEMMA3 = decoder_family(
+    "gemma3_text", read_gemma3, partial(_model, layer=gemma3_layer), _GEMMA3_CLASSES, mirror=mirror_decoder
+)

@@ -5,6 +5,7 @@ The layer norms come before the blocks (https://arxiv.org/abs/1904.10509), the p
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import jax
@@ -21,8 +22,10 @@ from ._config import check_heads, number_of_labels, read_fields, translated
 from ._family import Options
 from ._heads import class_names, decoder_family
 from ._layers import Conv1D, Embed, LayerNorm, embed_tokens
+from ._mirror import mirror_gpt2
 from ._outputs import BaseModelOutput
 from ._prefix import Past
+from ._shadow import Shadow, with_shadow
 from ._stack import layers
 
 
@@ -153,15 +156,17 @@ class GPT2Model(nnx.Module):
         cache_length: int | None = None,
         output_hidden_states: bool = False,
         adaption_prompts: Mapping[int, Prompt] | None = None,
+        shadow: Shadow | None = None,
     ) -> BaseModelOutput:
-        x = embed_tokens(self.wte, input_ids, inputs_embeds, self.options)
+        embedded = x = embed_tokens(self.wte, input_ids, inputs_embeds, self.options)
         call = begin(x.shape[0], x.shape[1], attention_mask, position_ids, past_key_values, cache_length)
         check_length(call, position_ids, self.max_positions)
         x = x + self.wpe(call.positions, x.dtype)
         if token_type_ids is not None:
             x = x + self.wte(token_type_ids, x.dtype)
         context = context_of(call, {FULL: None})
-        return through(
+        go = partial(
+            through,
             self.h,
             x,
             call,
@@ -170,6 +175,16 @@ class GPT2Model(nnx.Module):
             options=self.options,
             collect=output_hidden_states,
             adaption_prompts=adaption_prompts,
+        )
+        return with_shadow(
+            shadow,
+            embedded,
+            lambda hook: go(hook=hook),
+            input_ids=input_ids,
+            past=past_key_values,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            cache_length=cache_length,
         )
 
 
@@ -184,5 +199,6 @@ GPT2 = decoder_family(
     token_head="classifier",
     inputs=("input_ids", "attention_mask", "token_type_ids", "position_ids", "inputs_embeds"),
     adapted_attention="attn",
+    mirror=mirror_gpt2,
     unused=(r"attn\.bias$", r"attn\.masked_bias$"),
 )

@@ -6,6 +6,7 @@ from typing import Any
 
 from ._decoder import Attention, Decoder, DecoderConfig, PreNormLayer, gated_mlp, read_decoder
 from ._heads import class_names, decoder_family
+from ._mirror import mirror_decoder
 
 LLAMA_DEFAULTS = {
     "vocab_size": 32000,
@@ -45,7 +46,15 @@ def layer(config: DecoderConfig, number: int) -> PreNormLayer:
 
 LlamaModel = partial(Decoder, layer=layer)
 
-LLAMA = decoder_family("llama", read_llama, LlamaModel, class_names("Llama"), adapted_attention="self_attn")
+LLAMA = decoder_family(
+    "llama", read_llama, LlamaModel, class_names("Llama"), adapted_attention="self_attn", mirror=mirror_decoder
+)
 MISTRAL = decoder_family(
-    "mistral", read_mistral, LlamaModel, class_names("Mistral"), qa_prefix="model", adapted_attention="self_attn"
+    "mistral",
+    read_mistral,
+    LlamaModel,
+    class_names("Mistral"),
+    qa_prefix="model",
+    adapted_attention="self_attn",
+    mirror=mirror_decoder,
 )
