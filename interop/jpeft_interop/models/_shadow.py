@@ -21,6 +21,7 @@ from ._hook import Hook
 from ._leaves import Leaf, listed, nest, tensors_of
 from ._mirror import Sizes
 from ._outputs import BaseModelOutput
+from ._parameters import normal, ones, zeros
 
 SHADOW = "shadow"
 """The name of the input."""
@@ -87,6 +88,13 @@ def stored_leaves(base: Blueprint, config: ShadowConfig) -> dict[str, Leaf]:
     network = network_of(base, sizes_of(config))
     kept = [leaf for path, leaf in network.leaves.items() if not (_shares(base, config) and _is_shared(path))]
     return {name: leaf for leaf in kept for name in tensors_of(leaf)}
+
+
+def first_tensors(base: Blueprint, config: ShadowConfig) -> dict[str, tuple[tuple[int, ...], float, float]]:
+    """{name: (shape, mean, standard deviation)} of the tensors that the shadow's decoder begins with."""
+    std = base.config.initializer_range
+    first: dict[Any, tuple[float, float]] = {ones: (1.0, 0.0), zeros: (0.0, 0.0), normal: (0.0, std)}
+    return {name: (tensors_of(leaf)[name], *first[leaf.initial]) for name, leaf in stored_leaves(base, config).items()}
 
 
 def _shares(base: Blueprint, config: ShadowConfig) -> bool:
