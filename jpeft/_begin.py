@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from ._contract import EMBEDDING, Site, method_of
+from ._order import module_order
 from ._params import Adapter, Sites
 from ._quantized import is_quantized
 from ._sites import Candidate, canonical, checked_weight
@@ -36,6 +37,12 @@ class Tree:
                 "layouts={its path: 'vo'}"
             )
         return self.found[input_embedding(self.found, "the prompt's place", "layouts={its path: 'vo'}")].site()
+
+    def called(self, name: str) -> list[str]:
+        """The paths of the modules of this name, layer by layer, in PyTorch's order."""
+        paths = (leaf.split(".") for leaf in self.layers)
+        modules = {".".join(path[: count + 1]) for path in paths for count, own in enumerate(path[:-1]) if own == name}
+        return module_order(modules)
 
     def weight(self, site: Site) -> jax.Array:
         """The canonical weight of a site."""

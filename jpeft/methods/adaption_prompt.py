@@ -1,4 +1,4 @@
-"""LLaMA-Adapter (Zhang et al., 2023, https://arxiv.org/abs/2303.16199): adaption prompts in the last layers' attention.
+"""LLaMA-Adapter: adaption prompts in the last layers' attention (Zhang et al., 2023, https://arxiv.org/abs/2303.16199).
 
     attention(x) + g softmax(q (P K)ᵀ / sqrt(head_dim)) (P V)
 
@@ -21,9 +21,7 @@ import jax.numpy as jnp
 
 from .._begin import Beginning, Tree
 from .._config import PeftConfig, PeftType
-from .._contract import LINEAR, beside, register
-from .._order import module_order
-from .._paths import fold_in_name
+from .._contract import LINEAR, beside, fold_in_name, register
 
 NAMES = ("self_attn", "attn")
 """What a layer's attention is called, if the config does not say: in Llama and Mistral, and in GPT-2."""
@@ -83,12 +81,9 @@ def begin(key: jax.Array, tree: Tree, config: AdaptionPromptConfig) -> Beginning
 
 def _attentions(tree: Tree, name: str | None) -> tuple[str, list[str]]:
     """The name of the attention modules, and their paths in the order of the layers."""
-    names = [leaf.split(".") for leaf in tree.layers]
-    modules = dict.fromkeys(".".join(path[:count]) for path in names for count in range(1, len(path)))
-    for called in NAMES if name is None else (name,):
-        found = [path for path in modules if path == called or path.endswith(f".{called}")]
-        if found:
-            return called, module_order(found)
+    for one in NAMES if name is None else (name,):
+        if found := tree.called(one):
+            return one, found
     raise ValueError(
         f"target_modules is {name!r}, and the model has no module called "
         f"{' or '.join(map(repr, NAMES)) if name is None else repr(name)}; expected the name of a layer's attention"
