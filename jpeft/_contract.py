@@ -160,9 +160,14 @@ class Method:
     begin(key, tree, config) -> `_begin.Beginning`: for a method whose places no target_modules tell, instead of `init`;
     tree: `_begin.Tree`. merge refuses, as `not_merged` does.
     prompt(p, config, context) -> (n, dim) or (rows, n, dim): what the ids that follow the vocabulary are looked up in.
+    in_decoder: whether of an encoder-decoder's two prompts the second comes before the decoder's input.
+    labels(config) -> (tokens, types): of a prompt that is a text itself, whose tokens are learned, too, where their
+    type is a multiple of four above zero.
     prefix(p, config) -> (n, layers, 2, kv_heads, head_dim): keys and values that come before a text's own.
     folded(p, config) -> {name: array}: what files hold in place of arrays that an encoder makes it of; the arrays
     themselves are kept in a file of our own beside PEFT's. An adapter that does not train may have these alone.
+    unfolded(p, config) -> {name: array}: arrays that fold to these, to train on where that file is absent; None: there
+    is no way back.
     """
 
     config: type[PeftConfig]
@@ -198,8 +203,11 @@ class Method:
     rows: Callable[[Any], tuple[int, ...]] | None = None
     begin: Callable[[jax.Array, Any, Any], Any] | None = None
     prompt: Callable[[Arrays, Any, Mapping[str, Any]], jax.Array] | None = None
+    in_decoder: bool = False
+    labels: Callable[[Any], tuple[tuple[int, ...], tuple[int, ...]]] | None = None
     prefix: Callable[[Arrays, Any], jax.Array] | None = None
     folded: Callable[[Arrays, Any], dict[str, jax.Array]] | None = None
+    unfolded: Callable[[Arrays, Any], dict[str, jax.Array]] | None = None
 
     @property
     def has_sites(self) -> bool:

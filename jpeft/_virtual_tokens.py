@@ -18,6 +18,8 @@ BASE = "__base__"
 # Of what a batch holds for each token, what the virtual tokens have.
 _FILLED = {"attention_mask": 1, "token_type_ids": 0}
 _IGNORED = -100
+# What a batch holds of places in its text.
+_PLACES = ("start_positions", "end_positions")
 
 
 def with_virtual_tokens(
@@ -26,8 +28,9 @@ def with_virtual_tokens(
     """The batch with the virtual tokens of the active soft prompts before its text: a pure function, for use under jit.
 
     batch: by name, of which `input_ids (rows, length)`, int, is needed. `attention_mask` gets ones, `token_type_ids`
-    zeros, `labels` of a text's tokens -100, and `position_ids` count on from the prompt. Of an encoder-decoder the
-    text is the encoder's. The rest is left as it is, and so is a batch for parameters without soft prompts.
+    zeros, `labels` of a text's tokens -100, and `position_ids`, `start_positions` and `end_positions` count on from the
+    prompt (PEFT drops the first, and leaves the others, and labels of tokens, where they were). Of an encoder-decoder
+    the text is the encoder's. The rest is left as it is, and so is a batch for parameters without soft prompts.
     adapter_names: where several prompts are active, that of each row, "__base__" for none; a row with a shorter one
     gets padding before it, which the mask hides. The rows of outputs have as many places more.
     Raises ValueError for a batch without `input_ids`, names that are not those of active prompts, and several prompts
@@ -69,6 +72,10 @@ def with_virtual_tokens(
         found["attention_mask"] = jnp.concatenate([visible, jnp.ones((rows, length), visible.dtype)], axis=1)
     if found.get("position_ids") is not None:
         found["position_ids"] = _positions(jnp.asarray(found["position_ids"]), visible)
+    for name in _PLACES:
+        if found.get(name) is not None:
+            places = jnp.asarray(found[name])
+            found[name] = jnp.where(places < 0, places, places + count)
     labels = found.get("labels")
     if labels is not None and _labels_are_of_tokens(wrapped, ids) and jnp.shape(labels) == (rows, length):
         found["labels"] = _with_ignored(labels, rows, count)

@@ -12,6 +12,7 @@ from ._auto_peft import (
     PeftConfig as PeftConfig,
 )
 from ._inject import inject_adapter_in_model as inject_adapter_in_model
+from ._inputs import prepare_inputs as prepare_inputs
 from ._load import load_adapter as load_adapter, load_config as load_config, load_pretrained as load_pretrained
 from ._peft_model import PeftModel as PeftModel
 from ._peft_tasks import (

@@ -1,6 +1,6 @@
 """A pure function called as PyTorch models are: with lists, arrays and switches, compiled once for each shape."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -10,10 +10,13 @@ import numpy as np
 import jpeft
 from jpeft._config import freeze
 
+Prepare = Callable[[Any, tuple[Any, ...], Mapping[str, Any]], tuple[Any, Sequence[Any], Mapping[str, Any]]]
 
-def compiled(apply: Callable[..., Any]) -> Callable[..., Any]:
+
+def compiled(apply: Callable[..., Any], prepare: Prepare | None = None) -> Callable[..., Any]:
     """`jpeft.lift(apply)` as one compiled program for each shape of the arguments and each value of a switch.
 
+    prepare(params, args, kwargs) -> the same, as `apply` is to get them: a part of the program.
     Numbers with a fraction, arrays and trees of them, among them lists of numbers, are traced; None, booleans, whole
     numbers, texts and lists of texts are compiled in. The function returned raises TypeError for what is neither.
 
@@ -25,10 +28,13 @@ def compiled(apply: Callable[..., Any]) -> Callable[..., Any]:
     lifted = jpeft.lift(apply)
 
     @partial(jax.jit, static_argnums=0)
-    def run(switches: Mapping[Any, Any], params: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    def run(switches: Mapping[Any, Any], params: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         args = tuple(switches.get(place, value) for place, value in enumerate(args))
         named = {name: value for name, value in switches.items() if isinstance(name, str)}
-        return lifted(params, *args, **kwargs, **named)
+        given = {**kwargs, **named}
+        if prepare is not None:
+            params, args, given = prepare(params, args, given)
+        return lifted(params, *args, **given)
 
     def call(params: Any, *args: Any, **kwargs: Any) -> Any:
         given = {**dict(enumerate(args)), **kwargs}

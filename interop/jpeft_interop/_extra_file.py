@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jpeft._contract import method_of
+from jpeft._folded import folded, is_folded, unfolded
 from jpeft._params import Adapter
 
 from ._experts_layout import nesting
@@ -46,6 +47,42 @@ def kept_arrays(adapter: Adapter, family: Family) -> dict[str, Any]:
     return {**found, **{key: adapter.shared[name] for key, name in _kept_shared(adapter)}}
 
 
+def kept_encoder(adapter: Adapter) -> dict[str, Any]:
+    """{key: array} of those of which a prompt is made, unless they can be told from the prompt."""
+    if is_folded(adapter):
+        return {}
+    again = unfolded(folded(adapter))
+    if again is not None and all(np.array_equal(adapter.shared[name], array) for name, array in again.items()):
+        return {}
+    return dict(adapter.shared)
+
+
+def with_encoder(adapter: Adapter, planned: Adapter, weights: Path) -> Adapter:
+    """An adapter read from the file `weights` with the arrays to train on, of which its prompt is made.
+
+    planned: the same adapter with them, abstract. Raises ValueError if no file here has them and they cannot be told.
+    """
+    if is_folded(planned):
+        return adapter
+    path = next((place for place in _places(weights) if belongs(place, weights)), None)
+    held = {} if path is None else read_tensors(path)
+    arrays = {name: jnp.asarray(held[name]) for name in planned.shared if name in held}
+    if len(arrays) < len(planned.shared):
+        found = unfolded(adapter)
+        if found is None:
+            raise ValueError(
+                f"{weights} holds a prompt, and not the encoder that it was made of ({', '.join(planned.shared)}), "
+                f"without which it cannot train on: there is no {STATE_NAME} beside it that belongs to it, which "
+                "jpeft_interop.save_pretrained writes; load it with is_trainable=False"
+            )
+        arrays = dict(found)
+    wrong = [f"{name} {array.shape}, not {planned.shared[name].shape}" for name, array in arrays.items()
+             if array.shape != planned.shared[name].shape]  # fmt: skip
+    if wrong:
+        raise ValueError(f"{path or weights} does not fit the config: {'; '.join(wrong)}; expected its own")
+    return dataclasses.replace(adapter, shared=arrays)
+
+
 def with_kept(adapter: Adapter, planned: Adapter, weights: Path, family: Family) -> Adapter:
     """An adapter read from the file `weights`, with what is kept beside it.
 
@@ -69,7 +106,7 @@ def with_kept(adapter: Adapter, planned: Adapter, weights: Path, family: Family)
 
 
 def _read(weights: Path, needed: Mapping[str, tuple[int, ...]]) -> dict[str, np.ndarray] | None:
-    places = [weights.with_name(name) for name in (NEXT_STATE, STATE_NAME)]
+    places = _places(weights)
     path = next((place for place in places if belongs(place, weights)), None)
     tensors = {} if path is None else read_tensors(path)
     if path is None or needed.keys() - tensors.keys():
@@ -88,6 +125,10 @@ def _read(weights: Path, needed: Mapping[str, tuple[int, ...]]) -> dict[str, np.
     if wrong:
         raise ValueError(f"{path} does not fit the parameters: {'; '.join(wrong)}; expected the base it was made with")
     return tensors
+
+
+def _places(weights: Path) -> list[Path]:
+    return [weights.with_name(name) for name in (NEXT_STATE, STATE_NAME)]
 
 
 def _kept_weights(adapter: Adapter, family: Family) -> Iterator[tuple[str, str, str]]:

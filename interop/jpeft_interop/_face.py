@@ -9,6 +9,7 @@ from typing import Any
 import jpeft
 from jpeft import PeftParams
 from jpeft._adapters import delete_adapter
+from jpeft._contract import method_of
 from jpeft._convert import check_convertible
 from jpeft._paths import last_name
 from jpeft._wrap import checked_names
@@ -50,7 +51,18 @@ def in_rows(face: Face, names: Sequence[str] | None) -> PeftParams:
         return in_use(face)
     if face.merged:
         raise ValueError(f"adapter_names needs unmerged weights, but {', '.join(face.merged)} are merged")
+    prompts = rows_by_prompts(face, names)
+    if prompts:
+        return dataclasses.replace(face.wrapped, active=prompts)
     return jpeft.with_context(jpeft.mixed_batch(face.wrapped), adapter_indices=names)
+
+
+def rows_by_prompts(face: Face, names: Sequence[str] | None) -> tuple[str, ...]:
+    """The adapters that rows name, if all are soft prompts, told apart by ids of their own, or prefixes; else none."""
+    named = dict.fromkeys(name for name in names or () if name in face.wrapped.adapters)
+    methods = [method_of(face.wrapped.adapters[name].config) for name in named]
+    alike = any(all(getattr(method, kind) is not None for method in methods) for kind in ("prompt", "prefix"))
+    return tuple(named) if named and alike else ()
 
 
 def trained(face: Face) -> PeftParams:

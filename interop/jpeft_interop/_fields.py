@@ -125,6 +125,7 @@ _DIFFERENCES: Mapping[str, Mapping[str, Any]] = {
         "lacks": frozenset({"bias"}),
     },
     "POLY": {"lacks": frozenset({"bias", "layers_pattern", "layers_to_transform"})},
+    "PROMPT_TUNING": {"unwritten": frozenset({"prompt_tuning_init_ids"})},
     "PSOFT": {"lacks": frozenset({"bias"})},
     "LILY": {
         "layers": frozenset({"lily_A", "lily_B", "lily_router"}),

@@ -21,7 +21,10 @@ from ._default_targets import with_default_targets
 from ._family import FAMILIES
 from ._keys import PREFIX
 from ._listed import listed
+from ._prefix_inputs import with_prefix_sizes
+from ._prompt_sizes import with_initial_tokens, with_prompt_sizes
 from ._resolve import with_heads
+from ._shadow import with_shadow_of_model
 from ._stacked import unstacked_layouts
 
 
@@ -87,6 +90,8 @@ def resolved(
 ) -> jpeft.PeftConfig:
     """The config with default targets, the head of its task and the name of the base model."""
     check_attention_of(config, base)
+    config = with_shadow_of_model(config, base)
+    config = with_initial_tokens(with_prompt_sizes(with_prefix_sizes(config, base), base.config))
     config = with_heads(with_default_targets(config, base.model_type), _modules(params, layouts or {}))
     if base.name_or_path is None or config.base_model_name_or_path == base.name_or_path:
         return config

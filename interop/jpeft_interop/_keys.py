@@ -9,7 +9,7 @@ import jax
 import numpy as np
 
 from jpeft._arrays import ordered_sites, shared_names
-from jpeft._config import TunerConfig
+from jpeft._config import PromptLearningConfig, TunerConfig
 from jpeft._contract import Site, method_of
 from jpeft._order import uncertain
 from jpeft._parameters import is_parameter
@@ -24,6 +24,8 @@ from ._listed import listed
 from ._orientation import from_torch, refuse_stacks, to_torch, torch_layouts, torch_shape
 
 PREFIX = "base_model.model."
+BARE_PREFIX = "base_model."
+"""Of modules that are saved in full beside a prompt, whose own keys have no prefix at all."""
 
 DELTA = "trainable_tokens_delta"
 TOKENS = f"token_adapter.{DELTA}"
@@ -122,8 +124,9 @@ def _shared_slots(adapter: Adapter, modules: Mapping[str, str], form: Format) ->
     }
     entries = [(_weight_key(modules[path], name, form), place) for (path, name), place in used.items()]
     copied = {place for (_, name), place in used.items() if name in form.copies}
+    prefix = "" if isinstance(config, PromptLearningConfig) else "base_model."
     entries += [
-        (f"base_model.{name}", name) for name in adapter.shared if name not in copied and method.in_files(name, config)
+        (f"{prefix}{name}", name) for name in adapter.shared if name not in copied and method.in_files(name, config)
     ]
     return [(key, _shared_slot(place, tuple(adapter.shared[place].shape), form)) for key, place in entries]
 
@@ -186,7 +189,8 @@ def _leaf_key(family: Family, path: str, adapter: Adapter) -> str:
     names[:0] = ["base_layer" for site in adapter.sites.values() if parent(site.leaf) == module]
     if module:
         names.insert(0, family.module(module))
-    return PREFIX + ".".join(names)
+    prefix = BARE_PREFIX if isinstance(config, PromptLearningConfig) else PREFIX
+    return prefix + ".".join(names)
 
 
 def _inside(family: Family, path: str, target: str) -> str:

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import jpeft
-from jpeft import PeftParams
+from jpeft import PeftParams, PromptLearningConfig
 from jpeft._arrow import with_routes
 from jpeft._contract import method_of
 from jpeft._params import Adapter, is_peft_params
@@ -23,7 +23,7 @@ from jpeft._targets import module_paths
 from jpeft._wrap import completed
 
 from ._config_json import SECOND_NAMES, read_config
-from ._extra_file import kept_arrays, with_kept
+from ._extra_file import kept_arrays, with_encoder, with_kept
 from ._family import Family, family_of
 from ._files import read_tensors
 from ._fit import Fitted, fit
@@ -35,6 +35,7 @@ from ._pair import find_config, find_pair
 from ._processes import placed
 from ._resolve import check_replicated, with_heads
 from ._segments import check_segments, has_segments, joined
+from ._shadow import with_shadow_of_file
 from ._single_experts import with_stacked_experts
 from ._stacked import restacked_adapter, unstacked_adapter, unstacked_layouts
 from ._topk import lengthened
@@ -162,10 +163,11 @@ def _load(
         # What its file holds is plain LoRA; the router itself is made of the adapters that are there.
         config = dataclasses.replace(config, arrow_config=None)  # pyright: ignore[reportCallIssue]
     tensors = narrowed(files.weights, with_mapped_keys(read_tensors(files.weights), key_mapping or {}))
+    config = with_shadow_of_file(config, tensors)
     config, tensors = with_stacked_experts(files.weights, config, tensors, layers, paths)
     abstract = dataclasses.replace(wrapped, base=jax.tree.map(_abstract, wrapped.base))
     try:
-        planned = jpeft.wrap(abstract, config, adapter_name=adapter_name, layouts=layouts)
+        planned = jpeft.wrap(abstract, _as_in_files(config), adapter_name=adapter_name, layouts=layouts)
     except ValueError as error:
         raise ValueError(f"{files.config} does not fit the parameters: {error}") from error
     if ignore_mismatched_sizes:
@@ -181,8 +183,25 @@ def _load(
     adapter = adapter_from(files.weights, tensors, planned.adapters[adapter_name], leaves, family, layouts)
     if arrow is not None:
         adapter = with_routes(wrapped, adapter, arrow)
+    if isinstance(config, PromptLearningConfig) and is_trainable:
+        adapter = _trained_on(adapter, abstract, files.weights, layouts)
     found = dataclasses.replace(planned, base=wrapped.base, adapters={**wrapped.adapters, adapter_name: adapter})
     return placed(found, adapter_name)
+
+
+def _as_in_files(config: jpeft.PeftConfig) -> jpeft.PeftConfig:
+    """The config for which an adapter has the arrays that files hold: a prompt, not the encoder that it is made of."""
+    return dataclasses.replace(config, inference_mode=True) if isinstance(config, PromptLearningConfig) else config
+
+
+def _trained_on(adapter: Adapter, abstract: PeftParams, weights: Path, layouts: Mapping[str, str]) -> Adapter:
+    """A prompt read from its files, to train further."""
+    config = dataclasses.replace(adapter.config, inference_mode=False)
+    adapter = dataclasses.replace(adapter, config=config)
+    if method_of(config).folded is None:
+        return adapter
+    planned = jpeft.wrap(abstract.base, config, layouts=layouts).adapters["default"]
+    return with_encoder(adapter, planned, weights)
 
 
 def adapter_from(

@@ -24,6 +24,7 @@ from ._face import (
     merged_in,
     merged_tree,
     modules_to_save,
+    rows_by_prompts,
     taken_out,
     trained,
     with_enabled,
@@ -36,6 +37,7 @@ from ._forwarding import Tuner, forwarded
 from ._hub import HubOptions
 from ._idle import warn_idle
 from ._inject import injected
+from ._inputs import prepared_call
 from ._invocations import with_found_offsets, with_told
 from ._push import PushOptions, push_folder
 from ._status import TunerLayerStatus, TunerModelStatus, layer_status, model_status
@@ -83,7 +85,7 @@ class PeftModel:
     def _begin(self, face: Face) -> None:
         self.face = face
         self.apply = jpeft.lift(face.base.apply)
-        self._call = compiled(face.base.apply)
+        self._call = compiled(face.base.apply, partial(prepared_call, face.base))
 
     @classmethod
     def from_pretrained(
@@ -140,6 +142,8 @@ class PeftModel:
         task_ids: of each row, for methods that learn several tasks.
         """
         params = with_told(in_rows(self.face, adapter_names), alora_offsets=alora_offsets, task_ids=task_ids)
+        if rows_by_prompts(self.face, adapter_names):
+            kwargs["adapter_names"] = adapter_names
         return self._call(with_found_offsets(params, self.task_type, args, kwargs), *args, **kwargs)
 
     def generate(
@@ -157,6 +161,8 @@ class PeftModel:
         if self.face.base.generate is None:
             raise TypeError(f"{self.face.base.class_name} has no generate; expected a model of jpeft_interop.models")
         params = with_told(in_rows(self.face, adapter_names), alora_offsets=alora_offsets, task_ids=task_ids)
+        if rows_by_prompts(self.face, adapter_names):
+            kwargs["adapter_names"] = adapter_names
         return self.face.base.generate(params, *args, **kwargs)
 
     @property

@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Iterable, Sequence
 
-from jpeft._config import PeftConfig, TaskType, TunerConfig
+from jpeft._config import PeftConfig, PromptLearningConfig, TaskType, TunerConfig
 from jpeft._targets import ALL_LINEAR, saved_modules
 
 from ._fields import format_of
@@ -14,6 +14,8 @@ HEADS = {
     TaskType.QUESTION_ANS: ("qa_outputs",),
 }
 """Modules that PEFT trains and saves in full for a task, whatever the config says; without them it cannot load."""
+
+_WITH_MODULES = (TunerConfig, PromptLearningConfig)
 
 MANY = 20
 """From this number of target modules on PEFT writes the shortest names that still tell them apart."""
@@ -29,7 +31,7 @@ def with_heads(config: PeftConfig, paths: Iterable[str]) -> PeftConfig:
     ('classifier', 'score')
     """
     heads = HEADS.get(config.task_type) if isinstance(config.task_type, TaskType) else None
-    if heads is None or not isinstance(config, TunerConfig) or "modules_to_save" in format_of(config).lacks:
+    if heads is None or not isinstance(config, _WITH_MODULES) or "modules_to_save" in format_of(config).lacks:
         return config
     paths, named = list(paths), config.modules_to_save or ()
     present = saved_modules(paths, dataclasses.replace(config, modules_to_save=heads))

@@ -10,7 +10,8 @@ from typing import Any, Literal
 import jax
 import numpy as np
 
-from jpeft import PeftParams, TunerConfig
+from jpeft import PeftParams
+from jpeft._folded import folded
 from jpeft._hotswap import check_says_its_scaling
 from jpeft._params import Adapter, is_peft_params
 from jpeft._paths import leaves_by_path
@@ -21,7 +22,7 @@ from jpeft._targets import module_paths, saved_leaves
 from ._card import model_card
 from ._config_json import SECOND_NAMES, config_dict, to_json
 from ._experts_layout import is_module, with_named_parameters
-from ._extra_file import STATE_NAME, kept_arrays
+from ._extra_file import STATE_NAME, kept_arrays, kept_encoder
 from ._family import Family, family_of
 from ._initial import with_plain_lora, writable
 from ._keys import leaf_slots, slots
@@ -71,8 +72,9 @@ def save_pretrained(
     which goes with any other: True, or the folder of the untrained adapter. Adapters of "pissa_niter_<number>", "corda"
     and "lora_ga" are always written so, as no file tells what they took out of the base.
     Stacks of layers, named by the slice of their numbers, are written layer by layer.
-    What follows from the base, but not alike on every machine (PSOFT's singular vectors), goes into a third file that
-    PyTorch PEFT does not look at, `jpeft_state.safetensors`.
+    What follows from the base, but not alike on every machine (PSOFT's singular vectors), and the encoder of which a
+    prompt is made (P-tuning, prefix tuning with a projection, CPT), to train on, go into a third file that PyTorch PEFT
+    does not look at, `jpeft_state.safetensors`.
     A README.md is added if there is none. Two files change as one: a save that is interrupted at any point leaves the
     old adapter or the new one, and other files in the folder are left alone. One program may save at a time.
     In a program of several processes (`jax.distributed`) all of them make the call: they gather the adapter, never the
@@ -151,6 +153,7 @@ def contents_of(
     leaves = unstacked(leaves)
     adapter = _with_head(unstacked_adapter(writable(wrapped.adapters[name])), leaves, layouts)
     _refuse_abstract(name, adapter)
+    kept, adapter = {**kept_arrays(adapter, family), **kept_encoder(adapter)}, folded(adapter)
     table = slots(adapter, leaves, family, layouts)
     arrays = {key: slot.take(adapter) for key, slot in table.items()}
     for key, slot in leaf_slots(
@@ -162,18 +165,18 @@ def contents_of(
     copies = {**second_names(table, family), **adapter.config.extra.get(SECOND_NAMES, {})}
     arrays.update({second: arrays[first] for second, first in copies.items() if first in arrays})
     arrays.update(tied_tensors(arrays, adapter, leaves, family))
-    arrays = split(shortened(arrays, adapter.config), kept_arrays(adapter, family), adapter.config)
+    arrays = split(shortened(arrays, adapter.config), kept, adapter.config)
     config = _written_config(adapter, leaves, family, layouts)
     if base_model is not None:
         config["base_model_name_or_path"] = str(base_model)
-    held, kept = ({k: np.asarray(a) for k, a in own.items()} for own in (arrays, kept_arrays(adapter, family)))
+    held, kept = ({k: np.asarray(a) for k, a in own.items()} for own in (arrays, kept))
     return Contents(to_json(config), held, kept)
 
 
 def _with_head(adapter: Adapter, leaves: Mapping[str, Any], layouts: Mapping[str, str]) -> Adapter:
     found = candidates(leaves, layouts)
     config = with_heads(adapter.config, module_paths(leaves, found))
-    if config is adapter.config or not isinstance(config, TunerConfig):
+    if config is adapter.config:
         return adapter
     head = saved_leaves(leaves, found, config)
     adapted = [path for path, site in adapter.sites.items() if site.leaf in head]

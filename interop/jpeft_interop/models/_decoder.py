@@ -9,7 +9,6 @@ from functools import partial
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 
 from ._activations import activation
@@ -20,7 +19,7 @@ from ._call import begin, context_of
 from ._causal import through
 from ._config import number_of_labels, read_fields
 from ._family import Options
-from ._layers import Embed, GatedMLP, Linear, RMSNorm, embed_tokens
+from ._layers import Embed, GatedMLP, Linear, RMSNorm, embed_tokens, scaled
 from ._outputs import BaseModelOutput
 from ._prefix import Past
 from ._rotary import Rope, apply_rotary, read_rope, rotary_tables
@@ -259,8 +258,7 @@ class Decoder(nnx.Module):
     ) -> BaseModelOutput:
         config = self.config
         x = embed_tokens(self.embed_tokens, input_ids, inputs_embeds, self.options)
-        if config.embedding_scale is not None and inputs_embeds is None:
-            x = x * jnp.asarray(config.embedding_scale, x.dtype)
+        x = scaled(x, self.embed_tokens, input_ids, inputs_embeds, config.embedding_scale)
         call = begin(x.shape[0], x.shape[1], attention_mask, position_ids, past_key_values, cache_length)
         windows = {kind: config.sliding_window if kind == SLIDING else None for kind, _ in config.ropes}
         rotary = {kind: rotary_tables(rope, call.positions, x.dtype) for kind, rope in config.ropes}

@@ -19,6 +19,7 @@ from ._adaption import with_prompts
 from ._beam import Beams, beam_search
 from ._blueprint import Blueprint, run_network
 from ._decoding import SEQ2SEQ, Decoder, LogitsProcessor, causal, right_aligned, trailing
+from ._prefix import KeyValuePrefix, prefix_of, spread_rows
 from ._sampling import Draw, Warp, greedy, sample
 from ._shadow import SHADOW, shadow_of
 
@@ -43,7 +44,10 @@ class GenerationOutput:
 
 @dataclass(frozen=True)
 class Settings:
-    """What a compiled program is made for. `beams` None: greedy search, or sampling if `do_sample`."""
+    """What a compiled program is made for. `beams` None: greedy search, or sampling if `do_sample`.
+
+    `virtual`: how many tokens before the text are those of a prompt, which nobody sees.
+    """
 
     max_new_tokens: int
     eos: tuple[int, ...]
@@ -53,6 +57,7 @@ class Settings:
     beams: Beams | None
     returned: int
     processor: LogitsProcessor | None
+    virtual: int = 0
 
 
 def generate(
@@ -73,6 +78,7 @@ def generate(
     early_stopping: bool | Literal["never"],
     num_return_sequences: int,
     logits_processor: LogitsProcessor | None,
+    adapter_names: Sequence[str] | None = None,
 ) -> GenerationOutput:
     """`FlaxModel.generate`, which says what the arguments mean."""
     task = _task(model)
@@ -81,7 +87,11 @@ def generate(
         temperature=temperature, top_p=top_p, top_k=top_k, do_sample=do_sample, early_stopping=early_stopping,
     )  # fmt: skip
     arrays = {name: jnp.asarray(value) for name, value in inputs.items() if value is not None}
+    arrays, virtual = _with_virtual_tokens(params, arrays, adapter_names)
     prompt, arrays = _prompt(model, arrays, task)
+    if isinstance(params, jpeft.PeftParams):
+        prefix = prefix_of(params, model.config, prompt.shape[0], adapter_names)
+        arrays = arrays if prefix is None else {**arrays, "past_key_values": prefix}
     eos = _ids(model, "eos_token_id", eos_token_id)
     pad = _ids(model, "pad_token_id", pad_token_id) or eos or (0,)
     settings = Settings(
@@ -93,6 +103,7 @@ def generate(
         beams=Beams(num_beams, length_penalty, early_stopping) if num_beams > 1 else None,
         returned=num_return_sequences,
         processor=logits_processor,
+        virtual=virtual if TASKS[task] == "input_ids" else 0,
     )
     warp = Warp(jnp.asarray(temperature, jnp.float32), jnp.asarray(top_p, jnp.float32))
     return _compiled(model.blueprint, settings, params, arrays, prompt, warp, jax.random.key(seed))
@@ -151,6 +162,23 @@ def _ids(model: "FlaxModel", name: str, given: int | Sequence[int] | None) -> tu
     return (int(value),) if isinstance(value, int | np.integer) else tuple(int(token) for token in value)
 
 
+def _with_virtual_tokens(
+    params: Any, arrays: dict[str, jax.Array], adapter_names: Sequence[str] | None
+) -> tuple[dict[str, jax.Array], int]:
+    """The inputs with the virtual tokens of active soft prompts, and how many there are."""
+    if not isinstance(params, jpeft.PeftParams) or "input_ids" not in arrays:
+        return arrays, 0
+    found = jpeft.with_virtual_tokens(arrays, params, adapter_names=adapter_names)
+    return found, found["input_ids"].shape[-1] - arrays["input_ids"].shape[-1]
+
+
+def _of_text(processor: LogitsProcessor | None, virtual: int) -> LogitsProcessor | None:
+    """A processor that sees the text alone, of sequences that begin with virtual tokens."""
+    if processor is None or not virtual:
+        return processor
+    return lambda sequences, logits, end: processor(sequences[:, virtual:], logits, end - virtual)
+
+
 def _prompt(model: "FlaxModel", arrays: Mapping[str, jax.Array], task: str) -> tuple[jax.Array, dict[str, jax.Array]]:
     """The tokens `(rows, length)` that the sequences begin with, and the other inputs."""
     name = TASKS[task]
@@ -205,21 +233,23 @@ def _compiled(
     rows, length = prompt.shape
     copies = settings.returned if settings.beams is None else 1
     spread = jnp.repeat(jnp.arange(rows), copies)
-    prompt, inputs = prompt[spread], {name: array[spread] for name, array in inputs.items()}
+    prompt, inputs = prompt[spread], {name: _rows_of(given, spread) for name, given in inputs.items()}
     capacity = length + settings.max_new_tokens
     first = decoder.start(network, inputs, prompt, capacity)
+    processor, virtual = _of_text(settings.processor, settings.virtual), settings.virtual
     room = jnp.full((prompt.shape[0], settings.max_new_tokens), settings.pad, prompt.dtype)
     sequences = jnp.concatenate([prompt, room], axis=1)
     if settings.beams is not None:
-        found, scores = beam_search(
-            network, decoder, first, sequences, length, settings.eos, settings.processor, settings.beams
-        )
+        found, scores = beam_search(network, decoder, first, sequences, length, settings.eos, processor, settings.beams)
         best = slice(0, settings.returned)
-        return GenerationOutput(found[:, best].reshape(-1, capacity), scores[:, best].reshape(-1))
+        return GenerationOutput(found[:, best].reshape(-1, capacity)[:, virtual:], scores[:, best].reshape(-1))
     choose = Draw(settings.top_k, warp) if settings.do_sample else greedy
-    return GenerationOutput(
-        sample(network, decoder, first, sequences, length, settings.eos, settings.pad, settings.processor, choose, key)
-    )
+    found = sample(network, decoder, first, sequences, length, settings.eos, settings.pad, processor, choose, key)
+    return GenerationOutput(found[:, virtual:])
+
+
+def _rows_of(given: Any, rows: jax.Array) -> Any:
+    return spread_rows(given, rows) if isinstance(given, KeyValuePrefix) else given[rows]
 
 
 def _activated(params: jpeft.PeftParams, prompt: jax.Array, mask: jax.Array | None) -> jpeft.PeftParams:

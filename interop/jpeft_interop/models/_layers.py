@@ -106,6 +106,17 @@ class GatedMLP(nnx.Module):
         return self.down_proj(activation(self.act)(self.gate_proj(x)) * self.up_proj(x))
 
 
+def scaled(
+    x: jax.Array, table: Embed, input_ids: jax.Array | None, inputs_embeds: jax.Array | None, scale: float | None
+) -> jax.Array:
+    """Rows of the table times a scale. What was embedded elsewhere is as it is to be: also virtual tokens, whose ids
+    follow the vocabulary."""
+    if scale is None or inputs_embeds is not None or input_ids is None:
+        return x
+    known = (input_ids < table.embedding.shape[0])[..., None]
+    return x * jnp.where(known, jnp.asarray(scale, x.dtype), jnp.ones((), x.dtype))
+
+
 def embed_tokens(
     table: Embed, input_ids: jax.Array | None, inputs_embeds: jax.Array | None, options: Options
 ) -> jax.Array:

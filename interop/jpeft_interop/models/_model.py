@@ -143,6 +143,7 @@ class FlaxModel:
         early_stopping: bool | Literal["never"] = False,
         num_return_sequences: int = 1,
         logits_processor: LogitsProcessor | None = None,
+        adapter_names: Sequence[str] | None = None,
         **inputs: ArrayLike | None,
     ) -> GenerationOutput:
         """Continue a text, or answer the input of an encoder: greedy by default, as `transformers` does it.
@@ -159,7 +160,8 @@ class FlaxModel:
         `early_stopping`: True stops at `num_beams` finished sequences, False when a better one is unlikely, "never"
         when it is impossible. `num_return_sequences`: how many sequences for each row; at most `num_beams` of a
         search. `logits_processor(sequences, logits, end) -> logits` may forbid or favour tokens before each choice
-        (log-probabilities in a beam search); `sequences[:, :end]` is the text so far.
+        (log-probabilities in a beam search); `sequences[:, :end]` is the text so far. `adapter_names`: of each row the
+        soft prompt, where several are active; their virtual tokens, which come before the text, are not returned.
 
         It compiles once for a shape of input, `max_new_tokens` and the other whole-number settings. Raises TypeError
         if the model is of a task that does not generate, ValueError for settings out of their range.
@@ -188,6 +190,7 @@ class FlaxModel:
             early_stopping=early_stopping,
             num_return_sequences=num_return_sequences,
             logits_processor=logits_processor,
+            adapter_names=adapter_names,
         )
 
     def _check_inputs(self, given: Collection[str]) -> None:

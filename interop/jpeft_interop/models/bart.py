@@ -16,7 +16,7 @@ from ._cache import Memory
 from ._call import DecoderCall
 from ._config import number_of_labels, read_fields
 from ._family import Architecture, Family, Options
-from ._layers import Embed, LayerNorm, Linear, embed_tokens
+from ._layers import Embed, LayerNorm, Linear, embed_tokens, scaled
 from ._outputs import BaseModelOutput, QuestionAnsweringOutput, Seq2SeqLMOutput, Seq2SeqModelOutput
 from ._parameters import parameter, whole, zeros
 from ._seq2seq import (
@@ -149,7 +149,7 @@ class BartModel(nnx.Module):
         self.shared = Embed(config.vocab_size, config.d_model)
         self.encoder = Stack(config, options, depth=config.encoder_layers, sizes=encoder, cross=False)
         self.decoder = Stack(config, options, depth=config.decoder_layers, sizes=decoder, cross=True)
-        self.scale = math.sqrt(config.d_model) if config.scale_embedding else 1.0
+        self.scale = math.sqrt(config.d_model) if config.scale_embedding else None
         self.start, self.options = config.decoder_start_token_id, options
 
     def __call__(self, **inputs: Any) -> Seq2SeqModelOutput:
@@ -157,7 +157,7 @@ class BartModel(nnx.Module):
 
     def _embed(self, ids: jax.Array | None, embeds: jax.Array | None) -> jax.Array:
         x = embed_tokens(self.shared, ids, embeds, self.options)
-        return x * self.scale if embeds is None else x
+        return scaled(x, self.shared, ids, embeds, self.scale)
 
     def _encode(
         self,
