@@ -100,7 +100,8 @@ SIZES = (
 
 def begin(key: jax.Array, tree: Tree, config: ShadowConfig) -> Beginning:
     found = blocks_of(tree, config)
-    config = dataclasses.replace(config, target_modules=tuple(found.paths))
+    if config.target_modules is None:
+        config = dataclasses.replace(config, target_modules=tuple(found.paths))
     width = width_of(tree)
     weights = {group: _stacked(key, group, width, config) for group in found.groups}
     tensors = shadow_tensors(tree, found, config)
