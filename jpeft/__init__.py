@@ -33,6 +33,11 @@ from ._corda import (
 )
 from ._eva import initialize_lora_eva_weights as initialize_lora_eva_weights
 from ._hotswap import hotswap as hotswap, prepare_for_hotswap as prepare_for_hotswap, trimmed as trimmed
+from ._key_value_prefix import (
+    compose_cartridges as compose_cartridges,
+    initialize_kv_prefix_from_past_key_values as initialize_kv_prefix_from_past_key_values,
+    key_value_prefix as key_value_prefix,
+)
 from ._lift import Explanation as Explanation, explain as explain, infer_layouts as infer_layouts, lift as lift
 from ._loftq import initialize_lora_loftq_weights as initialize_lora_loftq_weights
 from ._lora_ga import (
@@ -103,6 +108,7 @@ from .methods.adaption_prompt import AdaptionPromptConfig as AdaptionPromptConfi
 from .methods.beft import BeftConfig as BeftConfig
 from .methods.boft import BOFTConfig as BOFTConfig
 from .methods.c3a import C3AConfig as C3AConfig
+from .methods.cartridge import CartridgeConfig as CartridgeConfig
 from .methods.deft import DeftConfig as DeftConfig
 from .methods.delora import DeloraConfig as DeloraConfig
 from .methods.fourierft import FourierFTConfig as FourierFTConfig
@@ -123,6 +129,7 @@ from .methods.oft import OFTConfig as OFTConfig, oft_projection as oft_projectio
 from .methods.osf import OSFConfig as OSFConfig
 from .methods.peanut import PeanutConfig as PeanutConfig
 from .methods.poly import PolyConfig as PolyConfig
+from .methods.prefix_tuning import PrefixTuningConfig as PrefixTuningConfig
 from .methods.prompt_tuning import PromptTuningConfig as PromptTuningConfig
 from .methods.psoft import PsoftConfig as PsoftConfig
 from .methods.pvera import PveraConfig as PveraConfig

@@ -19,12 +19,14 @@ class Cache:
     """Keys and values of the tokens so far, in slots `0 .. length - 1` of `capacity`.
 
     `layers`: a `Memory` for every layer, or stack of layers, by its name. `mask (batch, capacity)`: whether a slot
-    holds a token that later ones may see (padding may not be seen). `length`: int32 scalar.
+    holds a token that later ones may see (padding may not be seen). `length`: int32 scalar. `absent (batch, 1)`: how
+    many slots there are before the prefixes of the rows, where these are not equally long; None: none.
     """
 
     layers: Mapping[str, Memory]
     mask: jax.Array
     length: jax.Array
+    absent: jax.Array | None = None
 
     @property
     def capacity(self) -> int:
@@ -38,7 +40,8 @@ def take_rows(cache: Cache, rows: jax.Array) -> Cache:
         name: {key: jnp.take(array, rows, axis=batch_axis(name)) for key, array in memory.items()}
         for name, memory in cache.layers.items()
     }
-    return Cache(layers, jnp.take(cache.mask, rows, axis=0), cache.length)
+    absent = None if cache.absent is None else jnp.take(cache.absent, rows, axis=0)
+    return Cache(layers, jnp.take(cache.mask, rows, axis=0), cache.length, absent)
 
 
 def batch_axis(name: str) -> int:

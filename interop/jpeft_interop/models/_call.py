@@ -1,7 +1,7 @@
 """What every decoder does before its first layer and after its last: positions, masks, cache."""
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import jax
 import jax.numpy as jnp
@@ -86,8 +86,8 @@ def begin(
     if cache is not None:
         if cache.mask.shape[0] != batch:
             raise ValueError(f"past_key_values has {cache.mask.shape[0]} rows, the input {batch}; expected as many")
-        start = cache.length
-        cache = Cache(cache.layers, cache_mask(cache, attention_mask, batch, length), cache.length)
+        start = cache.length if cache.absent is None else cache.length - cache.absent
+        cache = replace(cache, mask=cache_mask(cache, attention_mask, batch, length))
     positions = start + jnp.arange(length, dtype=jnp.int32)[None] if position_ids is None else position_ids
     return DecoderCall(batch, length, positions, attention_mask, position_ids, cache, prefix, cache_length)
 
@@ -119,9 +119,12 @@ def context_of(
 def cache_after(call: DecoderCall, memories: Mapping[str, Memory]) -> Cache | None:
     """The cache for the next call; None if none was asked for."""
     if call.cache is not None:
-        return Cache(memories, call.cache.mask, call.cache.length + call.length)
+        return replace(call.cache, layers=memories, length=call.cache.length + call.length)
     if call.capacity is None:
         return None
     seen = call.seen
     mask = jnp.broadcast_to(True if seen is None else seen, (call.batch, call.keys))
-    return Cache(memories, padded_to(mask, call.capacity), jnp.asarray(call.keys, jnp.int32))
+    absent = None
+    if call.prefix is not None and call.prefix.mask is not None:
+        absent = jnp.asarray(call.virtual - call.prefix.starts)
+    return Cache(memories, padded_to(mask, call.capacity), jnp.asarray(call.keys, jnp.int32), absent)

@@ -1,11 +1,15 @@
 """Keys and values that come before the first token: what prefix tuning and cartridges give a model to attend to."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
+import jpeft
+from jpeft._key_value_prefix import prefixed_names
 from jpeft._stacks import stacked_numbers
 
 from ._cache import Cache, Memory
@@ -88,6 +92,56 @@ def after(memory: Memory, key: jax.Array, value: jax.Array) -> tuple[jax.Array, 
         jnp.concatenate([jnp.broadcast_to(before, (new.shape[0], *before.shape[1:])).astype(new.dtype), new], axis=1)
         for before, new in ((memory["key"], key), (memory["value"], value))
     )  # type: ignore[return-value]
+
+
+BASE = "__base__"
+"""In place of the name of an adapter: a row without one."""
+
+
+def prefix_of(
+    params: jpeft.PeftParams, config: Any, rows: int, adapter_names: Sequence[str] | None = None
+) -> KeyValuePrefix | None:
+    """What the active adapters put before the tokens of a model of this config; None if none of them has a prefix.
+
+    `adapter_names`: of each of the rows, where several do, "__base__" for none. Raises ValueError for names that are
+    not those of active adapters with a prefix, or that are needed and not given.
+    """
+    active = prefixed_names(params)
+    if not active:
+        return None
+    # PEFT has a prefix of the encoder's depth, of which a decoder with fewer layers takes the first ones.
+    depth = getattr(config, "decoder_layers", getattr(config, "num_decoder_layers", None))
+    if adapter_names is None:
+        keys, values = jpeft.key_value_prefix(params)
+        return KeyValuePrefix(keys[:depth, None], values[:depth, None])
+    known = (*active, BASE)
+    unknown = [name for name in adapter_names if name not in known]
+    if unknown or isinstance(adapter_names, str) or len(adapter_names) != rows:
+        raise ValueError(
+            f"adapter_names are {adapter_names!r} for {rows} rows; expected one a row, each among the active adapters "
+            f"with a prefix: {', '.join(known)}"
+        )
+    pairs = {name: jpeft.key_value_prefix(params, name) for name in active}
+    return _by_rows({name: (keys[:depth], values[:depth]) for name, (keys, values) in pairs.items()}, adapter_names)
+
+
+def _by_rows(pairs: Mapping[str, tuple[jax.Array, jax.Array]], names: Sequence[str]) -> KeyValuePrefix:
+    """For each row the keys and values `(layers, n, kv_heads, head_dim)` of its name, the shorter ones at the end."""
+    layouts = {name: (keys.shape[0], *keys.shape[2:]) for name, (keys, _) in pairs.items()}
+    if len(set(layouts.values())) > 1:
+        raise ValueError(f"the prefixes differ in (layers, kv_heads, head_dim): {layouts}; expected those of one model")
+    longest = max(keys.shape[1] for keys, _ in pairs.values())
+
+    def row(name: str, part: int) -> jax.Array:
+        if name == BASE:
+            return jnp.zeros_like(row(next(iter(pairs)), part))
+        array = pairs[name][part]
+        return jnp.pad(array, ((0, 0), (longest - array.shape[1], 0), (0, 0), (0, 0)))
+
+    lengths = np.asarray([0 if name == BASE else pairs[name][0].shape[1] for name in names])
+    mask = np.arange(longest)[None] >= longest - lengths[:, None]
+    keys, values = (jnp.stack([row(name, part) for name in names], axis=1) for part in (0, 1))
+    return KeyValuePrefix(keys, values, jnp.asarray(mask))
 
 
 def check_rows(prefix: KeyValuePrefix, batch: int) -> None:
