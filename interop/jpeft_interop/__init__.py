@@ -11,6 +11,12 @@ from ._auto_peft import (
     AutoPeftModelForTokenClassification as AutoPeftModelForTokenClassification,
     PeftConfig as PeftConfig,
 )
+from ._cartridge import (
+    compose_cartridge_adapters as compose_cartridge_adapters,
+    initialize_kv_prefix_from_text as initialize_kv_prefix_from_text,
+    key_value_cache as key_value_cache,
+    keys_and_values as keys_and_values,
+)
 from ._inject import inject_adapter_in_model as inject_adapter_in_model
 from ._inputs import prepare_inputs as prepare_inputs
 from ._load import load_adapter as load_adapter, load_config as load_config, load_pretrained as load_pretrained
