@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from ._config import PeftType
+from ._contract import wide_dtype
 from ._params import Adapter
 from ._wrap import checked_params
 
@@ -18,9 +19,9 @@ def adaption_attention(query: jax.Array, key: jax.Array, value: jax.Array, gate:
 
     query (..., length, heads, head_dim): as the attention scores it, rotated if the model rotates. key, value
     (..., n, kv_heads, head_dim): what the attention's own projections make of the n rows of the prompt, not rotated;
-    kv_heads divides heads. gate: a scalar, or (1,). The softmax, over the prompt alone, and the gate are in float32;
-    the result has the query's shape and dtype. To be added to the attention's output, before its output projection.
-    Raises ValueError for shapes that do not fit one another.
+    kv_heads divides heads. gate: a scalar, or (1,). The softmax, over the prompt alone, and the gate are in float32
+    or wider; the result has the query's shape and dtype. To be added to the attention's output, before its output
+    projection. Raises ValueError for shapes that do not fit one another.
 
     Two lines make a model's attention take the prompt that `jpeft.wrap` puts beside it:
 
@@ -49,10 +50,9 @@ def adaption_attention(query: jax.Array, key: jax.Array, value: jax.Array, gate:
     if jnp.size(gate) != 1:
         raise ValueError(f"gate has the shape {jnp.shape(gate)}; expected one number")
     grouped = query.reshape(*query.shape[:-2], kv_heads, heads // kv_heads, head_dim)
-    key, value = key.astype(query.dtype), value.astype(query.dtype)
-    scores = jnp.einsum("...qkgd,...nkd->...kgqn", grouped, key, preferred_element_type=jnp.float32)
-    weights = jax.nn.softmax(scores.astype(jnp.float32) * head_dim**-0.5, axis=-1)
-    weights = weights * jnp.reshape(gate, ()).astype(jnp.float32)
+    key, value, wide = key.astype(query.dtype), value.astype(query.dtype), wide_dtype(query.dtype)
+    scores = jnp.einsum("...qkgd,...nkd->...kgqn", grouped, key, preferred_element_type=wide)
+    weights = jax.nn.softmax(scores * head_dim**-0.5, axis=-1) * jnp.reshape(gate, ()).astype(wide)
     return jnp.einsum("...kgqn,...nkd->...qkgd", weights.astype(query.dtype), value).reshape(query.shape)
 
 

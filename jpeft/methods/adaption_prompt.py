@@ -100,8 +100,8 @@ def _hidden(tree: Tree, path: str) -> int:
     most = [size for size, number in sizes.items() if number == max(sizes.values(), default=0)]
     if len(most) != 1:
         raise ValueError(
-            f"the linear layers in {path!r} have inputs of the sizes {dict(sizes)} (how many of each); expected most "
-            "of them to have that of the attention's input: the projections to queries, keys and values"
+            f"the linear layers in {path!r} have inputs of the sizes {sorted(sizes.elements())}; expected most of "
+            "them to have that of the attention's input: the projections to queries, keys and values"
         )
     return most[0]
 
