@@ -11,30 +11,38 @@ from ._config import TaskType
 from ._contract import method_of
 from ._params import PeftParams
 from ._paths import fold_in_name
+from ._virtual_labels import have_labels, with_decoder_prompts, with_ignored, with_labels_of_prompts
 from ._wrap import checked_params
 
 BASE = "__base__"
 
 # Of what a batch holds for each token, what the virtual tokens have.
 _FILLED = {"attention_mask": 1, "token_type_ids": 0}
-_IGNORED = -100
+_PER_TOKEN = ("input_ids", "attention_mask", "token_type_ids", "position_ids", "labels", "input_type_mask")
 # What a batch holds of places in its text.
 _PLACES = ("start_positions", "end_positions")
 
 
 def with_virtual_tokens(
-    batch: Mapping[str, Any], wrapped: PeftParams, *, adapter_names: Sequence[str] | None = None
+    batch: Mapping[str, Any],
+    wrapped: PeftParams,
+    *,
+    adapter_names: Sequence[str] | None = None,
+    align: str = "left",
 ) -> dict[str, Any]:
     """The batch with the virtual tokens of the active soft prompts before its text: a pure function, for use under jit.
 
     batch: by name, of which `input_ids (rows, length)`, int, is needed. `attention_mask` gets ones, `token_type_ids`
     zeros, `labels` of a text's tokens -100, and `position_ids`, `start_positions` and `end_positions` count on from the
     prompt (PEFT drops the first, and leaves the others, and labels of tokens, where they were). Of an encoder-decoder
-    the text is the encoder's. The rest is left as it is, and so is a batch for parameters without soft prompts.
-    adapter_names: where several prompts are active, that of each row, "__base__" for none; a row with a shorter one
-    gets padding before it, which the mask hides. The rows of outputs have as many places more.
-    Raises ValueError for a batch without `input_ids`, names that are not those of active prompts, and several prompts
-    without names.
+    the text is the encoder's; a multitask prompt has a part for `decoder_input_ids` and their labels. With CPT the
+    labels hold the context's, too, and there is an `input_type_mask (rows, length)`, for `jpeft.cpt_loss`; take it out
+    of the batch before the model is called. The rest is left as it is, and so is a batch without soft prompts.
+    adapter_names: where several prompts are active, that of each row, "__base__" for none. A row with a shorter one
+    gets padding, which the mask hides: after its text (align="left"), which begins earlier then, so that positions are
+    what they were, or before the prompt ("right"), as for generation. Outputs have as many places more.
+    Raises ValueError for a batch without `input_ids`, names that are not those of active prompts, several prompts
+    without names, a decoder's labels without its input, and types that do not fit the labels.
 
     >>> import jpeft
     >>> params = {"embed_tokens": {"embedding": jnp.ones((9, 4))}}
@@ -57,8 +65,8 @@ def with_virtual_tokens(
     if given.ndim != 2 or not jnp.issubdtype(given.dtype, jnp.integer):
         raise ValueError(f"input_ids are {given.dtype} of shape {given.shape}; expected integers of (rows, length)")
     rows, length = given.shape
-    spans = {name: _encoder_part(wrapped, name, own) for name, own in ids.items()}
-    before, visible = _prompts_of_rows(spans, rows, adapter_names)
+    adapters = _adapters_of_rows(ids, rows, adapter_names)
+    before, visible = _prompts_of_rows(_encoder_parts(wrapped, ids), adapters)
     count, found = before.shape[1], dict(batch)
     found["input_ids"] = jnp.concatenate([before.astype(given.dtype), given], axis=1)
     for name, value in _FILLED.items():
@@ -78,8 +86,26 @@ def with_virtual_tokens(
             found[name] = jnp.where(places < 0, places, places + count)
     labels = found.get("labels")
     if labels is not None and _labels_are_of_tokens(wrapped, ids) and jnp.shape(labels) == (rows, length):
-        found["labels"] = _with_ignored(labels, rows, count)
-    return found
+        if have_labels(wrapped, adapters):
+            found.update(with_labels_of_prompts(found, wrapped, adapters, count))
+        else:
+            found["labels"] = with_ignored(labels, count)
+    if decoded := _decoder_parts(wrapped, ids):
+        found.update(with_decoder_prompts(found, *_prompts_of_rows(decoded, adapters), list(decoded)))
+    return found if visible.all() or align == "right" else _left_aligned(found, visible, length)
+
+
+def _left_aligned(batch: dict[str, Any], visible: np.ndarray, length: int) -> dict[str, Any]:
+    """The batch with the padding before prompts moved behind the text. visible (rows, n): of what comes before it."""
+    rows, count = visible.shape
+    padding, total = count - visible.sum(axis=1), count + length
+    order = jnp.asarray((np.arange(total)[None] + padding[:, None]) % total)
+    per_token = {name for name in _PER_TOKEN if jnp.shape(batch.get(name)) == (rows, total)}
+    moved = {name: jnp.take_along_axis(jnp.asarray(batch[name]), order, axis=1) for name in per_token}
+    for name in _PLACES:
+        if batch.get(name) is not None:
+            moved[name] = jnp.where(batch[name] < 0, batch[name], batch[name] - padding.astype(batch[name].dtype))
+    return {**batch, **moved}
 
 
 def virtual_ids(wrapped: PeftParams) -> dict[str, range]:
@@ -131,13 +157,19 @@ def _length(wrapped: PeftParams, name: str) -> int:
     return config.num_virtual_tokens * config.submodules
 
 
-def _encoder_part(wrapped: PeftParams, name: str, ids: range) -> range:
-    config: Any = wrapped.adapters[name].config
-    return ids[: config.num_virtual_tokens]
+def _encoder_parts(wrapped: PeftParams, ids: Mapping[str, range]) -> dict[str, range]:
+    configs: dict[str, Any] = {name: wrapped.adapters[name].config for name in ids}
+    return {name: own[: configs[name].num_virtual_tokens] for name, own in ids.items()}
 
 
-def _prompts_of_rows(ids: Mapping[str, range], rows: int, names: Sequence[str] | None) -> tuple[np.ndarray, np.ndarray]:
-    """(ids, whether there is a token) of what comes before each row, both (rows, n)."""
+def _decoder_parts(wrapped: PeftParams, ids: Mapping[str, range]) -> dict[str, range]:
+    """Of each prompt the part that comes before the decoder's input, if there is one."""
+    configs: dict[str, Any] = {name: wrapped.adapters[name].config for name in ids}
+    parts = {name: own[configs[name].num_virtual_tokens :] for name, own in ids.items()}
+    return {name: own for name, own in parts.items() if own and method_of(configs[name]).in_decoder}
+
+
+def _adapters_of_rows(ids: Mapping[str, range], rows: int, names: Sequence[str] | None) -> list[str]:
     if names is None:
         if len(ids) > 1:
             raise ValueError(
@@ -151,8 +183,13 @@ def _prompts_of_rows(ids: Mapping[str, range], rows: int, names: Sequence[str] |
             f"adapter_names are {names!r} for {rows} rows; expected one a row, each among the active prompts: "
             f"{', '.join((*ids, BASE))}"
         )
+    return list(names)
+
+
+def _prompts_of_rows(ids: Mapping[str, range], names: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+    """(ids, whether there is a token) of what comes before each row, both (rows, n)."""
     widest = max(len(own) for own in ids.values())
-    before, visible = np.zeros((rows, widest), np.int32), np.zeros((rows, widest), np.int32)
+    before, visible = np.zeros((len(names), widest), np.int32), np.zeros((len(names), widest), np.int32)
     for row, name in enumerate(names):
         own = ids.get(name, range(0))
         before[row, widest - len(own) :] = own
@@ -169,9 +206,5 @@ def _positions(given: jax.Array, mask: np.ndarray) -> jax.Array:
 
 
 def _labels_are_of_tokens(wrapped: PeftParams, ids: Mapping[str, range]) -> bool:
-    return all(wrapped.adapters[name].config.task_type != TaskType.SEQ_2_SEQ_LM for name in ids)
-
-
-def _with_ignored(labels: Any, rows: int, count: int) -> jax.Array:
-    labels = jnp.asarray(labels)
-    return jnp.concatenate([jnp.full((rows, count), _IGNORED, labels.dtype), labels], axis=1)
+    configs: list[Any] = [wrapped.adapters[name].config for name in ids]
+    return all(config.task_type != TaskType.SEQ_2_SEQ_LM and config.submodules == 1 for config in configs)

@@ -2,8 +2,8 @@
 
 import dataclasses
 import math
-from collections.abc import Sequence
-from typing import TypeVar
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +11,9 @@ import jax.numpy as jnp
 from .._begin import Tree
 from .._config import PromptLearningConfig
 from .._contract import Site
+
+OF_TEXT = ("prompt_tuning_init_text", "tokenizer_name_or_path")
+"""The fields of a text that a prompt begins as."""
 
 C = TypeVar("C", bound=PromptLearningConfig)
 
@@ -25,6 +28,26 @@ def checked_sizes(config: C, site: Site) -> C:
             f"{site.out_features} entries; expected {site.out_features}, or None"
         )
     return dataclasses.replace(config, token_dim=site.out_features, num_transformer_submodules=config.submodules)
+
+
+def check_text(config: Any) -> None:
+    """Raise ValueError if a prompt is to begin as a text that the config does not tell."""
+    told = all(getattr(config, name) is not None for name in OF_TEXT)
+    if config.prompt_tuning_init == "TEXT" and not told and config.prompt_tuning_init_ids is None:
+        raise ValueError(
+            "prompt_tuning_init is 'TEXT'; expected prompt_tuning_init_text and tokenizer_name_or_path, or "
+            "prompt_tuning_init_ids"
+        )
+
+
+def as_begun(config: C, needs: Mapping[str, Sequence[str]]) -> C:
+    """The config of a prompt that has begun, as files hold it: of `prompt_tuning_init` "RANDOM" if they tell no more.
+
+    needs: {how it begins: fields that files tell it by}. PEFT reads a text, or a source, each time it loads the prompt.
+    """
+    own: Any = config
+    told = all(getattr(own, name) is not None for name in needs.get(own.prompt_tuning_init, ()))
+    return config if told else dataclasses.replace(own, prompt_tuning_init="RANDOM")
 
 
 def repeated_ids(ids: Sequence[int], count: int, site: Site) -> list[int]:

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from .._begin import Beginning, Tree
 from .._config import PeftType, PromptLearningConfig
 from .._contract import Arrays, beside, fold_in_name, register
-from ._prompts import checked_sizes, repeated_ids, token_rows
+from ._prompts import OF_TEXT, as_begun, check_text, checked_sizes, repeated_ids, token_rows
 
 RANDOM, TEXT, SAMPLE_VOCAB = "RANDOM", "TEXT", "SAMPLE_VOCAB"
 
@@ -51,18 +51,14 @@ class PromptTuningConfig(PromptLearningConfig):
             raise ValueError(
                 f"prompt_tuning_init is {self.prompt_tuning_init!r}; expected {RANDOM!r}, {TEXT!r} or {SAMPLE_VOCAB!r}"
             )
-        told = self.prompt_tuning_init_text is not None and self.tokenizer_name_or_path is not None
-        if self.prompt_tuning_init == TEXT and not told and self.prompt_tuning_init_ids is None:
-            raise ValueError(
-                "prompt_tuning_init is 'TEXT'; expected prompt_tuning_init_text and tokenizer_name_or_path, or "
-                "prompt_tuning_init_ids"
-            )
+        check_text(self)
 
 
 def begin(key: jax.Array, tree: Tree, config: PromptTuningConfig) -> Beginning:
     site = tree.token_table()
     config = checked_sizes(config, site)
-    return Beginning(config, sites={site.path: site}, shared={"prompt_embeddings": initial_rows(key, tree, config)})
+    shared = {"prompt_embeddings": initial_rows(key, tree, config)}
+    return Beginning(as_begun(config, {TEXT: OF_TEXT}), sites={site.path: site}, shared=shared)
 
 
 def initial_rows(key: jax.Array, tree: Tree, config: Any) -> jax.Array:
