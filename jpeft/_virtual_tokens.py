@@ -91,17 +91,21 @@ def with_virtual_tokens(
         else:
             found["labels"] = with_ignored(labels, count)
     if decoded := _decoder_parts(wrapped, ids):
-        found.update(with_decoder_prompts(found, *_prompts_of_rows(decoded, adapters), list(decoded)))
-    return found if visible.all() or align == "right" else _left_aligned(found, visible, length)
+        found.update(with_decoder_prompts(found, decoded, adapters))
+    if visible.all() or align == "right":
+        return found
+    others = () if _labels_are_of_tokens(wrapped, ids) else ("labels",)
+    return _left_aligned(found, visible, length, [name for name in _PER_TOKEN if name not in others])
 
 
-def _left_aligned(batch: dict[str, Any], visible: np.ndarray, length: int) -> dict[str, Any]:
+def _left_aligned(batch: dict[str, Any], visible: np.ndarray, length: int, per_token: Sequence[str]) -> dict[str, Any]:
     """The batch with the padding before prompts moved behind the text. visible (rows, n): of what comes before it."""
     rows, count = visible.shape
     padding, total = count - visible.sum(axis=1), count + length
     order = jnp.asarray((np.arange(total)[None] + padding[:, None]) % total)
-    per_token = {name for name in _PER_TOKEN if jnp.shape(batch.get(name)) == (rows, total)}
-    moved = {name: jnp.take_along_axis(jnp.asarray(batch[name]), order, axis=1) for name in per_token}
+    arrays = {name: jnp.asarray(batch[name]) for name in per_token if batch.get(name) is not None}
+    of_tokens = {name: array for name, array in arrays.items() if array.shape == (rows, total)}
+    moved = {name: jnp.take_along_axis(array, order, axis=1) for name, array in of_tokens.items()}
     for name in _PLACES:
         if batch.get(name) is not None:
             moved[name] = jnp.where(batch[name] < 0, batch[name], batch[name] - padding.astype(batch[name].dtype))

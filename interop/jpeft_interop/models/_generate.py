@@ -87,8 +87,10 @@ def generate(
         temperature=temperature, top_p=top_p, top_k=top_k, do_sample=do_sample, early_stopping=early_stopping,
     )  # fmt: skip
     arrays = {name: jnp.asarray(value) for name, value in inputs.items() if value is not None}
-    arrays, virtual = _with_virtual_tokens(params, arrays, adapter_names)
     prompt, arrays = _prompt(model, arrays, task)
+    arrays = {**arrays, TASKS[task]: prompt}
+    text, arrays = prompt.shape[1], _with_virtual_tokens(params, arrays, adapter_names, TASKS[task])
+    prompt = arrays.pop(TASKS[task])
     if isinstance(params, jpeft.PeftParams):
         prefix = prefix_of(params, model.config, prompt.shape[0], adapter_names)
         arrays = arrays if prefix is None else {**arrays, "past_key_values": prefix}
@@ -103,7 +105,7 @@ def generate(
         beams=Beams(num_beams, length_penalty, early_stopping) if num_beams > 1 else None,
         returned=num_return_sequences,
         processor=logits_processor,
-        virtual=virtual if TASKS[task] == "input_ids" else 0,
+        virtual=prompt.shape[1] - text,
     )
     warp = Warp(jnp.asarray(temperature, jnp.float32), jnp.asarray(top_p, jnp.float32))
     return _compiled(model.blueprint, settings, params, arrays, prompt, warp, jax.random.key(seed))
@@ -163,13 +165,13 @@ def _ids(model: "FlaxModel", name: str, given: int | Sequence[int] | None) -> tu
 
 
 def _with_virtual_tokens(
-    params: Any, arrays: dict[str, jax.Array], adapter_names: Sequence[str] | None
-) -> tuple[dict[str, jax.Array], int]:
-    """The inputs with the virtual tokens of active soft prompts, and how many there are."""
+    params: Any, arrays: dict[str, jax.Array], adapter_names: Sequence[str] | None, goes_on: str
+) -> dict[str, jax.Array]:
+    """The inputs with the virtual tokens of active soft prompts. goes_on: the name of those that the output goes on."""
     if not isinstance(params, jpeft.PeftParams) or "input_ids" not in arrays:
-        return arrays, 0
-    found = jpeft.with_virtual_tokens(arrays, params, adapter_names=adapter_names)
-    return found, found["input_ids"].shape[-1] - arrays["input_ids"].shape[-1]
+        return arrays
+    align = "right" if goes_on == "input_ids" else "left"
+    return jpeft.with_virtual_tokens(arrays, params, adapter_names=adapter_names, align=align)
 
 
 def _of_text(processor: LogitsProcessor | None, virtual: int) -> LogitsProcessor | None:
