@@ -18,6 +18,7 @@ shadow_model, and PEFT's diffusion transformers (its diffusion_models.py).
 """
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 
 import jax
@@ -122,6 +123,8 @@ def _stacked(key: jax.Array, group: str, width: int, config: ShadowConfig) -> di
     return {name: jnp.stack([own[name] for own in each]) for name in each[0]} if paths else each[0]
 
 
+# One program for all blocks, which are alike.
+@functools.partial(jax.jit, static_argnums=(1, 2))
 def _block(key: jax.Array, width: int, config: ShadowConfig) -> dict[str, jax.Array]:
     inner = config.update_hidden_size or config.r
     keys = {name: fold_in_name(key, name) for name in (DOWN, UP, TRANSFORM, GATE)}

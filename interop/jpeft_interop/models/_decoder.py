@@ -280,7 +280,6 @@ class Decoder(nnx.Module):
             lambda hook: go(hook=hook),
             input_ids=input_ids,
             past=past_key_values,
-            embedding_scale=config.embedding_scale,
             attention_mask=attention_mask,
             position_ids=position_ids,
             cache_length=cache_length,

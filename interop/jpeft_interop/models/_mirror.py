@@ -28,17 +28,41 @@ def mirror_decoder(config: Any, sizes: Sizes) -> Any:
             f"shadow_num_attention_heads is {heads}, which is no multiple of the model's num_key_value_heads "
             f"{config.num_key_value_heads}"
         )
-    kinds = _first(config.layer_types, sizes.layers)
+    kinds, hidden = _first(config.layer_types, sizes.layers), sizes.hidden or config.hidden_size
+    # Where there is one, it is the root of the width.
+    scale = None if config.embedding_scale is None else config.embedding_scale * (hidden / config.hidden_size) ** 0.5
     return dataclasses.replace(
         config,
         num_hidden_layers=sizes.layers,
-        hidden_size=sizes.hidden or config.hidden_size,
+        hidden_size=hidden,
+        embedding_scale=scale,
         num_attention_heads=heads,
         intermediate_size=sizes.intermediate or config.intermediate_size,
         layer_types=kinds,
         mlp_types=_first(config.mlp_types, sizes.layers),
         ropes=tuple((kind, rope) for kind, rope in config.ropes if kind in kinds),
     )
+
+
+def mirror_divided(config: Any, sizes: Sizes) -> Any:
+    """`mirror_decoder` for families whose heads divide the width, whatever it is; raises ValueError as that does.
+
+    Raises ValueError, too, if they do not, and for heads of another width where the model rotates some features of a
+    head alone, or each by a factor of its own.
+    """
+    hidden, heads = sizes.hidden or config.hidden_size, sizes.heads or config.num_attention_heads
+    check_heads(hidden, heads)
+    head_dim, ropes = hidden // heads, [rope for _, rope in config.ropes]
+    if head_dim != config.head_dim and any(r.dim != config.head_dim or r.short_factor for r in ropes):
+        raise ValueError(
+            f"the shadow's {heads} heads would divide {hidden} features, and the rotary settings are for heads of "
+            f"{config.head_dim}; expected shadow_hidden_size={heads * config.head_dim}, or another "
+            "shadow_num_attention_heads"
+        )
+    if head_dim != config.head_dim:
+        own = tuple((kind, dataclasses.replace(rope, dim=head_dim)) for kind, rope in config.ropes)
+        config = dataclasses.replace(config, head_dim=head_dim, ropes=own)
+    return mirror_decoder(config, sizes)
 
 
 def mirror_gpt2(config: Any, sizes: Sizes) -> Any:

@@ -171,7 +171,6 @@ def with_shadow(
     *,
     input_ids: jax.Array | None,
     past: Any,
-    embedding_scale: float | None = None,
     **inputs: Any,
 ) -> BaseModelOutput:
     """What `go(hook)`, the rest of a decoder, gives with a shadow around its layers, or without one.
@@ -181,7 +180,7 @@ def with_shadow(
     """
     if shadow is None:
         return go(None)
-    side = _run(shadow, x, input_ids, _own_cache(past), embedding_scale, inputs)
+    side = _run(shadow, x, input_ids, _own_cache(past), inputs)
     state = side.last_hidden_state
     if shadow.projection is not None:
         state = (state.astype(shadow.projection.dtype) @ shadow.projection.T).astype(x.dtype)
@@ -202,7 +201,6 @@ def _run(
     x: jax.Array,
     input_ids: jax.Array | None,
     past: Cache | None,
-    embedding_scale: float | None,
     inputs: Mapping[str, Any],
 ) -> BaseModelOutput:
     # In the dtype that the model computes in, whatever that of the adapter is.
@@ -213,7 +211,8 @@ def _run(
     decoder = nnx.merge(shadow.network.graphdef, params)
     if not shadow.shares and input_ids is not None:
         x = decoder.input_embedding(input_ids)
-        x = x if embedding_scale is None else x * jnp.asarray(embedding_scale, x.dtype)
+        scale = getattr(shadow.network.config, "embedding_scale", None)
+        x = x if scale is None else x * jnp.asarray(scale, x.dtype)
     if x.shape[-1] != width:
         raise ValueError(
             f"the shadow is {width} wide and inputs_embeds are {x.shape[-1]}; expected input_ids, of which it has a "

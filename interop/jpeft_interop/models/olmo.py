@@ -13,7 +13,7 @@ from ._cache import Memory
 from ._decoder import Decoder, DecoderConfig, RotaryAttention, gated_mlp, read_decoder
 from ._heads import class_names, decoder_family
 from ._layers import Linear, normalised
-from ._mirror import mirror_decoder
+from ._mirror import mirror_divided
 from ._parameters import ones, parameter, whole
 
 _DEFAULTS = {
@@ -89,5 +89,5 @@ OLMO2 = decoder_family(
     read_olmo2,
     Olmo2Model,
     class_names("Olmo2", without=("token-classification", "question-answering")),
-    mirror=mirror_decoder,
+    mirror=mirror_divided,
 )

@@ -14,7 +14,7 @@ from ._cache import Memory
 from ._decoder import Decoder, DecoderConfig, PreNormLayer, RotaryAttention, read_decoder
 from ._heads import class_names, decoder_family
 from ._layers import Linear
-from ._mirror import mirror_decoder
+from ._mirror import mirror_divided
 from ._rotary import Rope, read_rope
 
 _DEFAULTS = {
@@ -84,5 +84,5 @@ def layer(config: DecoderConfig, number: int) -> PreNormLayer:
 Phi3Model = partial(Decoder, layer=layer)
 
 PHI3 = decoder_family(
-    "phi3", read_phi3, Phi3Model, class_names("Phi3", without=("question-answering",)), mirror=mirror_decoder
+    "phi3", read_phi3, Phi3Model, class_names("Phi3", without=("question-answering",)), mirror=mirror_divided
 )

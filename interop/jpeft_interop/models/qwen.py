@@ -7,7 +7,7 @@ from typing import Any
 from ._decoder import FULL, SLIDING, Attention, Decoder, DecoderConfig, PreNormLayer, gated_mlp, read_decoder
 from ._heads import class_names, decoder_family
 from ._layers import RMSNorm
-from ._mirror import mirror_decoder
+from ._mirror import mirror_decoder, mirror_divided
 from .llama import LlamaModel
 
 _QWEN2_DEFAULTS = {
@@ -68,5 +68,5 @@ def layer(config: DecoderConfig, number: int) -> PreNormLayer:
     return PreNormLayer(config, Attention(config, config.layer_types[number], norm=norm), gated_mlp(config))
 
 
-QWEN2 = decoder_family("qwen2", read_qwen2, LlamaModel, class_names("Qwen2"), mirror=mirror_decoder)
+QWEN2 = decoder_family("qwen2", read_qwen2, LlamaModel, class_names("Qwen2"), mirror=mirror_divided)
 QWEN3 = decoder_family("qwen3", read_qwen3, partial(Decoder, layer=layer), class_names("Qwen3"), mirror=mirror_decoder)
