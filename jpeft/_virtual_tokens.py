@@ -53,6 +53,8 @@ def with_virtual_tokens(
     >>> jpeft.lift(lambda params, ids: params["embed_tokens"]["embedding"][ids])(wrapped, batch["input_ids"]).shape
     (1, 4, 4)
     """
+    if align not in ("left", "right"):
+        raise ValueError(f"align is {align!r}; expected 'left' or 'right', where shorter rows have their text")
     ids = virtual_ids(wrapped)
     if not ids:
         return dict(batch)
