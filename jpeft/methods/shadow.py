@@ -83,9 +83,7 @@ class ShadowConfig(TunerConfig):
         if not 0.0 <= self.shadow_dropout < 1.0:
             raise ValueError(f"shadow_dropout is {self.shadow_dropout!r}; expected a rate in [0, 1)")
         if self.auxiliary_loss_weight < 0.0:
-            raise ValueError(
-                f"auxiliary_loss_weight is {self.auxiliary_loss_weight!r}; expected a number of at least 0"
-            )
+            raise ValueError(f"auxiliary_loss_weight is {self.auxiliary_loss_weight!r}; expected at least 0")
         if self.bias != "none":
             raise ValueError(f"bias is {self.bias!r}; expected 'none', as ShadowPEFT trains no biases of the model")
 
@@ -103,9 +101,8 @@ def begin(key: jax.Array, tree: Tree, config: ShadowConfig) -> Beginning:
     found = blocks_of(tree, config)
     if config.target_modules is None:
         config = dataclasses.replace(config, target_modules=tuple(found.paths))
-    width = width_of(tree)
+    width, tensors = width_of(tree), shadow_tensors(tree, found, config)
     weights = {group: _stacked(key, group, width, config) for group in found.groups}
-    tensors = shadow_tensors(tree, found, config)
     config = dataclasses.replace(config, shadow_tensors=FrozenMapping(tensors))
     shared = {f"{BACKBONE}.{name}": _drawn(fold_in_name(key, name), *tensor) for name, tensor in tensors.items()}
     narrow = config.shadow_hidden_size or width
@@ -118,18 +115,17 @@ def begin(key: jax.Array, tree: Tree, config: ShadowConfig) -> Beginning:
 
 def _stacked(key: jax.Array, group: str, width: int, config: ShadowConfig) -> dict[str, jax.Array]:
     """The arrays of a block, or of a stack of blocks, each with the values that it would have by itself."""
-    paths = layer_paths(group)
-    each = [_block(fold_in_name(key, path), width, config) for path in paths or [group]]
-    return {name: jnp.stack([own[name] for own in each]) for name in each[0]} if paths else each[0]
+    paths, inner = layer_paths(group), config.update_hidden_size or config.r
+    each = [_block(fold_in_name(key, path), width, config.r, inner) for path in paths or [group]]
+    arrays = {name: jnp.stack([own[name] for own in each]) for name in each[0]} if paths else each[0]
+    return {**arrays, UP: jnp.zeros_like(arrays[UP])} if config.init_weights else arrays
 
 
 # One program for all blocks, which are alike.
-@functools.partial(jax.jit, static_argnums=(1, 2))
-def _block(key: jax.Array, width: int, config: ShadowConfig) -> dict[str, jax.Array]:
-    inner = config.update_hidden_size or config.r
+@functools.partial(jax.jit, static_argnums=(1, 2, 3))
+def _block(key: jax.Array, width: int, r: int, inner: int) -> dict[str, jax.Array]:
     keys = {name: fold_in_name(key, name) for name in (DOWN, UP, TRANSFORM, GATE)}
-    up = _linear(keys[UP], width, config.r)
-    arrays = {DOWN: _linear(keys[DOWN], config.r, width), UP: jnp.zeros_like(up) if config.init_weights else up}
+    arrays = {DOWN: _linear(keys[DOWN], r, width), UP: _linear(keys[UP], width, r)}
     for part in (TRANSFORM, GATE):
         for number, (outputs, inputs) in {0: (inner, width), 2: (width, inner)}.items():
             own = jax.random.split(jax.random.fold_in(keys[part], number))
