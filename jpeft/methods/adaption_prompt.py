@@ -9,8 +9,9 @@ They are kept by the path of the single layer's attention, in a model with stack
 A model's attention has to add it: Llama, Mistral and GPT-2 of jpeft_interop do, others by `jpeft.adaption_attention`.
 Costs n hidden + 1 parameters a layer, and n more keys and values.
 
-Two things of PEFT's: in GPT-2 the sum is behind the output projection, here, too; in the others it is before it, but
-PEFT projects both terms by themselves and so adds a bias of `o_proj` twice. Here it is added once, as in the paper.
+Of PEFT's: in GPT-2 the sum is behind the output projection, here, too; in the others it is before it, but PEFT projects
+both terms by themselves and so adds a bias of `o_proj` twice, which here, as in the paper, is added once; and it fails
+where the heads of all queries are not as wide as the model, which here they may be.
 """
 
 import dataclasses
