@@ -124,14 +124,21 @@ def _is_abstract(array: Any) -> bool:
 
 def _weight_dtype(params: Any, config: jpeft.PeftConfig, layouts: Mapping[str, str]) -> Any:
     shapes = jax.eval_shape(lambda params: params, params)
-    sites = jpeft.wrap(shapes, config, layouts=layouts).adapters["default"].sites
-    dtypes = sorted({site.dtype for site in sites.values()})
+    adapter = jpeft.wrap(shapes, config, layouts=layouts).adapters["default"]
+    dtypes = sorted({site.dtype for site in adapter.sites.values()} or _dtypes_around(shapes, adapter.weights))
     if len(dtypes) > 1:
         raise ValueError(
             f"autocast_adapter_dtype=False gives adapters the dtype of their weights, which are {listed(dtypes)}; "
             "expected weights of one dtype, or autocast_adapter_dtype=True"
         )
     return jnp.dtype(dtypes[0])
+
+
+def _dtypes_around(params: Any, modules: Iterable[str]) -> set[str]:
+    """The floating-point dtypes of the leaves of some modules, or of all leaves if no module is given."""
+    within = tuple(f"{path}." for path in modules)
+    own = [leaf for path, leaf in unstacked(leaves_by_path(params)).items() if not within or path.startswith(within)]
+    return {str(leaf.dtype) for leaf in own if jnp.issubdtype(leaf.dtype, jnp.floating)} or {"float32"}
 
 
 def _modules(params: Any, layouts: Mapping[str, str]) -> list[str]:

@@ -352,6 +352,27 @@ def test_models_whose_attention_takes_none_are_refused():
         jpeft_interop.get_peft_model(qwen, AdaptionPromptConfig(**SETTINGS))
 
 
+def test_other_modules_than_the_attention_are_refused(llama):
+    message = "target_modules is 'mlp', but what takes adaption prompts .* 'self_attn', or None"
+    with pytest.raises(ValueError, match=message):
+        jpeft_interop.get_peft_model(llama.model(), AdaptionPromptConfig(**SETTINGS, target_modules="mlp"))
+
+
+@pytest.mark.parametrize("autocast", [True, False])
+def test_in_half_precision(llama, autocast):
+    """PEFT's prompts have the precision of the base; here they have it without autocast."""
+    base = llama.model(param_dtype=jnp.bfloat16)
+    config = AdaptionPromptConfig(**SETTINGS)
+    model = jpeft_interop.get_peft_model(base, config, autocast_adapter_dtype=autocast)
+    dtypes = {str(leaf.dtype) for leaf in jax.tree.leaves(model.params.adapters)}
+    assert dtypes == {"float32" if autocast else "bfloat16"}
+    model.load_adapter(llama.adapter, "other", autocast_adapter_dtype=autocast)
+    model.set_adapter("other")
+    found = np.asarray(model(input_ids=IDS, attention_mask=MASK).logits.astype(jnp.float32))
+    expected = torch_logits(llama.torch_adapter())
+    assert np.abs(found - expected)[MASK != 0].max() < 0.05 * np.abs(expected).max()
+
+
 def test_functions_that_take_none_are_refused():
     params = {"0": {"attn": {name: {"kernel": jnp.ones((4, 4))} for name in "qkvo"}}}
     config = AdaptionPromptConfig(adapter_len=2, adapter_layers=1)
