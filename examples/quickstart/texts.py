@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tokenizers import Tokenizer
 
 PACKAGES = ("asyncio", "email", "http", "importlib", "logging", "multiprocessing", "unittest", "urllib", "xml")
 LENGTH, BATCH = 64, 32  # One shape of batch everywhere, so that each function is compiled once.
@@ -32,19 +31,22 @@ class Texts:
         return {name: array[index] for name, array in self.inputs.items()}
 
 
-def docstrings(package: str, seen: set[str]) -> dict[str, list[str]]:
-    """The docstrings of a package by source file, each text once; the sources are parsed, never imported."""
+Documented = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
+
+
+def docstrings(package: str, seen: set[str]) -> dict[str, list[tuple[str, Documented]]]:
+    """The docstrings of a package, and what they are of, by source file, each text once; nothing is imported."""
     library = Path(sysconfig.get_paths()["stdlib"])
-    found: dict[str, list[str]] = {}
+    found: dict[str, list[tuple[str, Documented]]] = {}
     for file in sorted((library / package).rglob("*.py")):
         if {"test", "tests"} & set(file.relative_to(library).parts):
             continue
         for node in ast.walk(ast.parse(file.read_bytes())):
-            if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            if isinstance(node, Documented):
                 text = " ".join((ast.get_docstring(node) or "").split())
                 if len(text) >= SHORTEST and text not in seen:
                     seen.add(text)
-                    found.setdefault(str(file), []).append(text)
+                    found.setdefault(str(file), []).append((text, node))
     if len(found) < 2:
         raise SystemExit(f"expected the sources of {package!r} in {library}; this Python has no docstrings of it there")
     return found
@@ -60,13 +62,15 @@ def read_texts(seed: int, folder: Path) -> tuple[Texts, Texts]:
         for name in rng.sample(sorted(modules), len(modules)):
             held_out = len(modules[name]) <= room
             room -= len(modules[name]) if held_out else 0
-            sides[held_out].extend((text, label, name) for text in modules[name])
+            sides[held_out].extend((text, label, name) for text, _ in modules[name])
     for side in sides:
         rng.shuffle(side)
     return encode(sides[0], folder), encode(sides[1][:HELD_OUT], folder)
 
 
 def encode(rows: list[tuple[str, int, str]], folder: Path) -> Texts:
+    from tokenizers import Tokenizer
+
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
     tokenizer.enable_truncation(LENGTH)
     tokenizer.enable_padding(length=LENGTH)
