@@ -95,7 +95,8 @@ def _config(adapter: Adapter) -> Any:
 
 def _stands_beside(adapter: Adapter) -> bool:
     """Whether its arrays follow no module, so that every device has all of them: prompts, prefixes."""
-    return method_of(_config(adapter)).begin is not None
+    method = method_of(_config(adapter))
+    return method.begin is not None and method.together is None
 
 
 def _together(adapter: Adapter) -> bool:

@@ -141,25 +141,30 @@ def with_routes(wrapped: PeftParams, adapter: Adapter, config: Any) -> Adapter:
 def _check_adapters(wrapped: PeftParams, names: Sequence[str], sites: Mapping[str, Site]) -> None:
     for name in names:
         adapter = wrapped.adapters[name]
-        if not is_plain_lora(adapter.config) or getattr(adapter.config, "target_parameters", None):
-            raise TypeError(
-                f"adapter {name!r} has {adapter.config!r}; expected plain LoRA of modules, which a router can choose: "
-                "jpeft.convert_to_lora makes it of others"
-            )
-        odd = [f"{path!r} is a {site.kind}" for path, site in adapter.sites.items() if site.kind != LINEAR]
-        if odd:
-            raise TypeError(f"adapter {name!r}: {', '.join(odd)}; expected adapters of linear layers alone")
-        if rest := [*adapter.replaced, *adapter.rows]:
-            raise ValueError(
-                f"adapter {name!r} trains {', '.join(rest)} besides its factors, which a router cannot choose for each "
-                "token; expected adapters without modules_to_save, bias and trainable_token_indices"
-            )
+        check_choosable(name, adapter)
         if adapter.sites != sites:
             other = sorted({*adapter.sites.items()} ^ {*sites.items()}, key=str)[0][0]
             raise ValueError(
                 f"adapter {name!r} does not act on the router's modules, {other!r} for one; expected all adapters on "
                 "the same modules, of the same layouts"
             )
+
+
+def check_choosable(name: str, adapter: Adapter) -> None:
+    """Raise TypeError or ValueError for an adapter that a router cannot choose for single tokens."""
+    if not is_plain_lora(adapter.config) or getattr(adapter.config, "target_parameters", None):
+        raise TypeError(
+            f"adapter {name!r} has {adapter.config!r}; expected plain LoRA of modules, which a router can choose: "
+            "jpeft.convert_to_lora makes it of others"
+        )
+    odd = [f"{path!r} is a {site.kind}" for path, site in adapter.sites.items() if site.kind != LINEAR]
+    if odd:
+        raise TypeError(f"adapter {name!r}: {', '.join(odd)}; expected adapters of linear layers alone")
+    if rest := [*adapter.replaced, *adapter.rows]:
+        raise ValueError(
+            f"adapter {name!r} trains {', '.join(rest)} besides its factors, which a router cannot choose for each "
+            "token; expected adapters without modules_to_save, bias and trainable_token_indices"
+        )
 
 
 def _rank(adapter: Adapter, path: str) -> int:

@@ -71,8 +71,15 @@ def config_dict(config: jpeft.PeftConfig) -> dict[str, Any]:
 
 
 def to_json(entries: Mapping[str, Any]) -> str:
-    """The text of a config file, laid out as PEFT lays it out."""
-    return json.dumps(entries, indent=2, sort_keys=True, default=lambda value: value.item())
+    """The text of a config file, laid out as PEFT lays it out, but for experts, whose order counts."""
+    return json.dumps(_sorted(entries), indent=2, default=lambda value: value.item())
+
+
+def _sorted(entries: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        name: _sorted(entry) if isinstance(entry := entries[name], Mapping) and name != "adapters" else entry
+        for name in sorted(entries)
+    }
 
 
 def _parsed(path: Path) -> dict[str, Any]:

@@ -39,6 +39,7 @@ from ._shadow import with_shadow_of_file
 from ._single_experts import with_stacked_experts
 from ._stacked import restacked_adapter, unstacked_adapter, unstacked_layouts
 from ._topk import lengthened
+from ._xlora_files import read_router
 
 
 def load_config(name_or_path: str | os.PathLike[str]) -> jpeft.PeftConfig:
@@ -150,7 +151,7 @@ def _load(
         raise ValueError(
             f"there already is an adapter {adapter_name!r}; expected a name other than: {', '.join(wrapped.adapters)}"
         )
-    files = find_pair(adapter_folder(name_or_path))
+    files, told = find_pair(adapter_folder(name_or_path)), config is not None
     leaves = leaves_by_path(wrapped.base)
     layouts = unstacked_layouts({**family.layouts, **layouts}, leaves)
     layers = unstacked(leaves)
@@ -163,6 +164,12 @@ def _load(
         # What its file holds is plain LoRA; the router itself is made of the adapters that are there.
         config = dataclasses.replace(config, arrow_config=None)  # pyright: ignore[reportCallIssue]
     tensors = narrowed(files.weights, with_mapped_keys(read_tensors(files.weights), key_mapping or {}))
+    if config.peft_type == jpeft.PeftType.XLORA:
+
+        def expert(params: PeftParams, folder: Path | str, name: str) -> PeftParams:
+            return _load(params, folder, name, is_trainable, family, layouts, None, None, False)
+
+        return placed(read_router(wrapped, files, config, adapter_name, told, tensors, expert), adapter_name)
     config = with_shadow_of_file(config, tensors)
     config, tensors = with_stacked_experts(files.weights, config, tensors, layers, paths)
     abstract = dataclasses.replace(wrapped, base=jax.tree.map(_abstract, wrapped.base))

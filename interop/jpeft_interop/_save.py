@@ -36,6 +36,7 @@ from ._stacked import is_abstract, unstacked_adapter, unstacked_layouts
 from ._surplus import chosen_embeddings, original_biases, second_names
 from ._tied import tied_tensors
 from ._topk import shortened
+from ._xlora_files import experts_to_write, with_places
 
 CARD_NAME = "README.md"
 
@@ -95,11 +96,15 @@ def save_pretrained(
     names = _checked_names(wrapped, selected_adapters)
     wrapped = with_whole_adapters(wrapped, names)
     wrapped = with_plain_lora(wrapped, names, path_initial_model_for_weight_conversion, table, layouts or {})
+    wrapped = with_places(wrapped, names, root)
     # Everything that can be wrong with the adapters is found out before the first file changes.
     plans = {
         name: contents_of(wrapped, name, base_model_name_or_path, table, layouts or {}, save_embedding_layers)
         for name in names
     }
+    for folder, (name, own) in experts_to_write(wrapped, names).items():
+        _check_folder_name(name)
+        plans[folder] = contents_of(own, name, base_model_name_or_path, table, layouts or {}, save_embedding_layers)
     card = model_card(wrapped.adapters[names[0]].config, base_model_name_or_path)
     by_one_process(lambda: _write(root, plans, card))
 
@@ -121,12 +126,16 @@ def _checked_names(wrapped: PeftParams, selected: Sequence[str] | None) -> list[
             f"{', '.join(map(repr, wrapped.adapters))}"
         )
     for name in names:
-        if not _is_folder_name(name):
-            raise ValueError(
-                f"the adapter name {name!r} cannot be the name of a folder of its own; expected one without slashes, "
-                "colons, control characters and outer blanks, that is not the name of a file here"
-            )
+        _check_folder_name(name)
     return list(dict.fromkeys(names))
+
+
+def _check_folder_name(name: str) -> None:
+    if not _is_folder_name(name):
+        raise ValueError(
+            f"the adapter name {name!r} cannot be the name of a folder of its own; expected one without slashes, "
+            "colons, control characters and outer blanks, that is not the name of a file here"
+        )
 
 
 def _is_folder_name(name: str) -> bool:

@@ -11,6 +11,7 @@ import numpy as np
 from jpeft import PeftParams
 from jpeft._paths import leaves_by_path
 from jpeft._stacks import unstacked
+from jpeft._xlora import is_router
 
 from ._base_model import parameters_of
 from ._face import Face
@@ -21,6 +22,7 @@ from ._mismatched import without_mismatched
 from ._processes import placed, with_whole_adapters
 from ._save import contents_of
 from ._stacked import unstacked_adapter, unstacked_layouts
+from ._xlora_files import filled_router
 
 
 def get_peft_model_state_dict(
@@ -89,7 +91,10 @@ def set_peft_model_state_dict(
         own = wrapped.adapters[adapter_name]
         single = unstacked_adapter(planned)
         tensors = without_mismatched(Path("state_dict"), tensors, single, lambda: own, unstacked(leaves), table, known)
-    adapter = adapter_from(Path("state_dict"), tensors, planned, leaves, table, known)
+    if is_router(wrapped.adapters[adapter_name]):
+        adapter = filled_router(Path("state_dict"), tensors, wrapped.adapters[adapter_name])
+    else:
+        adapter = adapter_from(Path("state_dict"), tensors, planned, leaves, table, known)
     filled = placed(dataclasses.replace(wrapped, adapters={**wrapped.adapters, adapter_name: adapter}), adapter_name)
     if isinstance(model, PeftParams):
         return filled

@@ -20,13 +20,15 @@ class Cache:
 
     `layers`: a `Memory` for every layer, or stack of layers, by its name. `mask (batch, capacity)`: whether a slot
     holds a token that later ones may see (padding may not be seen). `length`: int32 scalar. `absent (batch, 1)`: how
-    many slots there are before the prefixes of the rows, where these are not equally long; None: none.
+    many slots there are before the prefixes of the rows, where these are not equally long; None: none. `before`: the
+    cache of another run of the model, which comes before this one for each token (X-LoRA).
     """
 
     layers: Mapping[str, Memory]
     mask: jax.Array
     length: jax.Array
     absent: jax.Array | None = None
+    before: "Cache | None" = None
 
     @property
     def capacity(self) -> int:
@@ -41,7 +43,8 @@ def take_rows(cache: Cache, rows: jax.Array) -> Cache:
         for name, memory in cache.layers.items()
     }
     absent = None if cache.absent is None else jnp.take(cache.absent, rows, axis=0)
-    return Cache(layers, jnp.take(cache.mask, rows, axis=0), cache.length, absent)
+    before = None if cache.before is None else take_rows(cache.before, rows)
+    return Cache(layers, jnp.take(cache.mask, rows, axis=0), cache.length, absent, before)
 
 
 def batch_axis(name: str) -> int:

@@ -22,6 +22,7 @@ from ._decoding import SEQ2SEQ, Decoder, LogitsProcessor, causal, right_aligned,
 from ._prefix import KeyValuePrefix, prefix_of, spread_rows
 from ._sampling import Draw, Warp, greedy, sample
 from ._shadow import SHADOW, shadow_of
+from ._two_runs import in_two_runs
 
 if TYPE_CHECKING:
     from ._model import FlaxModel
@@ -214,7 +215,7 @@ def _compiled(
     def plain(params: Any, arrays: Mapping[str, Any], static: Mapping[str, Any]) -> Any:
         return run_network(blueprint, params, {**arrays, **static})
 
-    def network(**given: Any) -> Any:
+    def run(params: Any, **given: Any) -> Any:
         static = {name: value for name, value in given.items() if isinstance(value, int)}
         arrays = {name: value for name, value in given.items() if name not in static}
         call = partial(plain, static=static)
@@ -232,6 +233,7 @@ def _compiled(
     decoder = _decoder(blueprint)
     if isinstance(params, jpeft.PeftParams) and decoder is not SEQ2SEQ:
         params = _activated(params, prompt, inputs.get("attention_mask"))
+    network = in_two_runs(run, params, blueprint.architecture.name)
     rows, length = prompt.shape
     copies = settings.returned if settings.beams is None else 1
     spread = jnp.repeat(jnp.arange(rows), copies)
