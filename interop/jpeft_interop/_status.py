@@ -145,6 +145,9 @@ def _layers(adapter: Adapter, tree: Adapter | None = None) -> list[tuple[str, st
         (path, f"{method}.{KINDS[site.kind].format(len(site.window))}", jax.tree.leaves(held.weights[path]))
         for path, site in adapter.sites.items()
     ]
+    found += [
+        (path, method, jax.tree.leaves(arrays)) for path, arrays in held.weights.items() if path not in adapter.sites
+    ]
     beside = ".token_adapter" if method_of(adapter.config).has_sites else ""
     rows = [
         (f"{parent(leaf)}{beside}", "TrainableTokensLayer", jax.tree.leaves(held.rows[leaf])) for leaf in adapter.rows

@@ -172,6 +172,8 @@ def _is_target(module: str, config: Any) -> bool:
     if module == HEAD and (getattr(config, "ensure_weight_tying", False) or method_of(config).rows is not None):
         return True
     targets, excluded = (getattr(config, name, None) or () for name in ("target_modules", "exclude_modules"))
+    if isinstance(config, jpeft.AdaptionPromptConfig):
+        targets = (str(config.target_modules),)  # a name, and no regular expression
     return matches(module, targets) and not matches(module, excluded)
 
 

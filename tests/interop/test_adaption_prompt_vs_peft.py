@@ -19,7 +19,7 @@ transformers = pytest.importorskip("transformers")
 import jpeft  # noqa: E402
 import jpeft_interop  # noqa: E402
 from jpeft import AdaptionPromptConfig, LoraConfig  # noqa: E402
-from jpeft_interop import load_pretrained, prepare_inputs, save_pretrained  # noqa: E402
+from jpeft_interop import load_pretrained, prepare_inputs, save_pretrained, verify  # noqa: E402
 from jpeft_interop.models import (  # noqa: E402
     FlaxAutoModelForCausalLM,
     FlaxAutoModelForSequenceClassification,
@@ -139,6 +139,8 @@ def test_what_was_written_here_computes_the_same_in_pytorch(pair, tmp_path):
     ours, theirs = load_file(tmp_path / WEIGHTS), load_file(pair.adapter / WEIGHTS)
     assert {key: tensor.shape for key, tensor in ours.items()} == {key: own.shape for key, own in theirs.items()}
     assert_close(logits(model, wrapped), torch_logits(pair.torch_adapter(tmp_path)), MASK)
+    report = quietly(verify, tmp_path, pair.torch_model)
+    assert (report.peft_type, report.modules, report.tensors, report.torch) == ("ADAPTION_PROMPT", 2, 4, True)
 
 
 def torch_text(model: Any, **settings: Any) -> np.ndarray:
@@ -293,6 +295,11 @@ def test_the_familiar_face(llama, tmp_path):
     assert (model.peft_config["default"].target_modules, model.active_adapter) == ("self_attn", "other")
     model.save_pretrained(tmp_path)
     assert load_file(tmp_path / "other" / WEIGHTS).keys() == load_file(llama.adapter / WEIGHTS).keys()
+    status = model.get_layer_status()
+    assert [(layer.name, layer.module_type, layer.requires_grad) for layer in status] == [
+        (f"model.model.layers.{number}.self_attn", "adaption_prompt", {"default": False, "other": True})
+        for number in (1, 2)
+    ]
     with pytest.raises(ValueError, match="'default', 'other' have adaption prompts for the same attention"):
         model.set_adapter(["default", "other"])
         model(**batch)
