@@ -9,6 +9,7 @@ import pytest
 
 import jpeft
 from tests.cases import METHODS
+from tests.interop.beside_cases import BESIDE
 
 ROOT = pathlib.Path(jpeft.__file__).parent
 FILES = sorted(ROOT.rglob("*.py"))
@@ -79,8 +80,8 @@ def test_importing_jpeft_imports_nothing_heavy():
 
 def test_every_method_is_in_the_table():
     # A router is made of other adapters and not by `wrap`: tests/test_arrow.py; the others adapt no module of their
-    # own: tests/methods/test_parts.py.
-    apart = {"arrow.py", "ln_tuning.py", "trainable_tokens.py"}
+    # own: tests/methods/test_parts.py, tests/interop/test_laws_beside.py.
+    apart = {"arrow.py", "ln_tuning.py", "trainable_tokens.py"} | {row.file for row in BESIDE}
     assert sorted({row.file for row in METHODS if row.file} | apart) == [path.name for path in METHOD_FILES]
 
 

@@ -12,23 +12,53 @@ from tests.cases import METHODS
 ROOT = Path(jpeft.__file__).parent
 README = ROOT.parent / "README.md"
 HEAD = "| method | config | layers | merges | paper |\n|---|---|---|---|---|"
+HEAD_BESIDE = "| method | config | what it adds | paper |\n|---|---|---|---|"
 LAYERS = {LINEAR: "linear", CONVOLUTION: "convolution", EMBEDDING: "lookup"}
 WITHOUT_SITES = {
     jpeft.LNTuningConfig: "modules of any kind, in full",
     jpeft.TrainableTokensConfig: "rows of lookups and output layers",
 }
+BESIDE = {
+    jpeft.PromptTuningConfig: "tokens before the text",
+    jpeft.PromptEncoderConfig: "tokens before the text, made by an MLP or LSTM",
+    jpeft.MultitaskPromptTuningConfig: "tokens before the text, the shared ones times those of a task",
+    jpeft.CPTConfig: "tokens of a context before the text, moved within a ball",
+    jpeft.PrefixTuningConfig: "keys and values before those of the text in every layer",
+    jpeft.CartridgeConfig: "keys and values that begin as those of a long text",
+    jpeft.AdaptionPromptConfig: "attention to a prompt in the last layers, behind a gate",
+    jpeft.ShadowConfig: "a small decoder beside the model, with a state that enters every block",
+    jpeft.XLoraConfig: "a router among LoRA adapters, for each token and layer",
+}
 
 
 def table():
-    kinds = sorted(config_classes(), key=lambda kind: (kind != jpeft.PeftType.LORA, str(kind)))
-    return "\n".join([HEAD, *map(line, kinds)])
+    return "\n".join([HEAD, *map(line, kinds(beside=False))])
+
+
+def table_beside():
+    return "\n".join([HEAD_BESIDE, *map(line_beside, kinds(beside=True))])
+
+
+def kinds(beside):
+    """Those that choose their own place, or the others, LoRA first."""
+    found = [kind for kind, cls in config_classes().items() if (cls in BESIDE) is beside]
+    return sorted(found, key=lambda kind: (kind != jpeft.PeftType.LORA, str(kind)))
 
 
 def line(kind):
-    cls = config_classes()[kind]
-    text = paragraph(ROOT / "methods" / f"{kind.value.lower()}.py")
-    name = re.split("[:,]", text)[0]
+    cls, name, text = described(kind)
     return f"| {name} | `{cls.__name__}` | {layers(cls)} | {merges(cls)} | {paper(text)} |"
+
+
+def line_beside(kind):
+    cls, name, text = described(kind)
+    return f"| {name} | `{cls.__name__}` | {BESIDE[cls]} | {paper(text)} |"
+
+
+def described(kind):
+    """Its config class, its name, and the beginning of its file."""
+    text = paragraph(ROOT / "methods" / f"{kind.value.lower()}.py")
+    return config_classes()[kind], re.split(r"[:,(]", text)[0].strip(), text
 
 
 def paragraph(path):
@@ -75,7 +105,7 @@ def test_the_table_of_methods_is_that_of_the_registry():
     text = README.read_text().partition("## Methods\n")[2].partition("\n## ")[0]
     given = [row for row in text.splitlines() if row.startswith("|")]
     # What was measured stands in further columns.
-    pairs = list(zip(given, table().splitlines(), strict=True))
+    pairs = list(zip(given, [*table().splitlines(), *table_beside().splitlines()], strict=True))
     lacking = [wanted for row, wanted in pairs if not row.startswith(wanted)]
     assert not lacking, (
         f"python -m tests.test_readme prints README's table, but for what is measured; lacking: {lacking}"
@@ -92,5 +122,5 @@ def test_every_config_of_a_method_is_public():
 
 
 if __name__ == "__main__":
-    print(table())
+    print(f"{table()}\n\n{table_beside()}")
     print(f"\nNot here yet: {', '.join(missing())}")
