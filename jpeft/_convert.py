@@ -83,7 +83,7 @@ def check_convertible(name: str, adapter: Adapter) -> None:
     method, bias = method_of(adapter.config), getattr(adapter.config, "bias", "none")
     if bias != "none":
         raise ValueError(f"adapter {name!r} has bias={bias!r}; expected 'none', for LoRA would lose its trained biases")
-    if not adapter.sites:
+    if not adapter.sites or method.begin is not None:
         raise TypeError(f"adapter {name!r} with its {type(adapter.config).__name__} adapts no module that LoRA could")
     kinds = method_of(config_class(PeftType.LORA)()).kinds
     odd = [f"{path!r} ({site.kind})" for path, site in adapter.sites.items() if site.kind not in kinds]

@@ -266,6 +266,11 @@ def _config(mixture: Adapter) -> MixedConfig:
 
 
 def _check(name: str, adapter: Adapter, leaves: dict[str, Any], adapters: dict[str, Adapter]) -> None:
+    if method_of(adapter.config).prompt is not None:
+        raise ValueError(
+            f"adapter {name!r} is a soft prompt, whose tokens tell it from others, so that no mixture is needed; "
+            "expected jpeft.set_adapter(params, names) and jpeft.with_virtual_tokens(batch, params, adapter_names=...)"
+        )
     if not _plain_in_some_rows(method_of(adapter.config)):
         check_zeros_are_nothing(name, adapter, "a mixed batch")
     first, config = next(iter(adapters)), _row_config(adapters)

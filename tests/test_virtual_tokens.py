@@ -298,7 +298,11 @@ def test_models_without_a_lookup():
         jpeft.lift(lambda params, ids: (params["wte"]["embedding"] * 2.0)[ids])(fresh(), IDS)
 
 
-def test_a_prompt_is_not_merged():
+def test_a_prompt_is_not_merged_mixed_or_converted():
+    with pytest.raises(ValueError, match="adapter 'a' is a soft prompt, whose tokens tell it from others"):
+        jpeft.mixed_batch(two())
+    with pytest.raises(TypeError, match="PromptTuningConfig adapts no module that LoRA could"):
+        jpeft.convert_to_lora(fresh(), "default", 2, "lora")
     with pytest.raises(ValueError, match="adapter 'default' of PromptTuningConfig is no change of a weight"):
         jpeft.merge(fresh())
     with pytest.raises(ValueError, match="a prompt at 'wte' is no change of a weight"):

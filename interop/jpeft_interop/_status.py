@@ -141,6 +141,8 @@ def _layers(adapter: Adapter, tree: Adapter | None = None) -> list[tuple[str, st
     """(path, kind, leaves) of each module that an adapter has arrays for; the leaves may be another tree's."""
     held = adapter if tree is None else tree
     method = str(getattr(adapter.config.peft_type, "value", "adapter")).lower()
+    if method_of(adapter.config).begin is not None:
+        return [*_beside(adapter, held, method), *_in_full(adapter, held.replaced)]
     found = [
         (path, f"{method}.{KINDS[site.kind].format(len(site.window))}", jax.tree.leaves(held.weights[path]))
         for path, site in adapter.sites.items()
@@ -155,11 +157,16 @@ def _layers(adapter: Adapter, tree: Adapter | None = None) -> list[tuple[str, st
     return [*found, *rows, *_in_full(adapter, held.replaced)]
 
 
+def _beside(adapter: Adapter, held: Adapter, method: str) -> list[tuple[str, str, list[Any]]]:
+    """The modules that a prompt, a prefix or a side network has arrays for; what is of none is a module by itself."""
+    kind = f"{method}.{type(adapter.config).__name__.removesuffix('Config')}"
+    own = [(path, kind, jax.tree.leaves(held.weights[path])) for path, arrays in adapter.weights.items() if arrays]
+    return [*own, *([(method, kind, jax.tree.leaves(held.shared))] if adapter.shared else [])]
+
+
 def _in_full(adapter: Adapter, replaced: Mapping[str, Any]) -> Iterable[tuple[str, str, list[Any]]]:
-    if not isinstance(adapter.config, TunerConfig):
-        return
     taken: set[str] = set()
-    if method_of(adapter.config).in_full:
+    if isinstance(adapter.config, TunerConfig) and method_of(adapter.config).in_full:
         targets = {leaf: targeted_holder(leaf, adapter.config) for leaf in replaced}
         for path in dict.fromkeys(target for target in targets.values() if target is not None):
             inside = [leaf for leaf, target in targets.items() if target == path]
