@@ -183,6 +183,8 @@ class PromptLearningConfig(PeftConfig):
     num_transformer_submodules: 2 for an encoder and a decoder, whose prompts follow one another; None: by task_type.
     num_attention_heads (of keys and values), num_layers: of the model, for a prefix. What is None is taken from the
     model's parameters or its config where they tell. modules_to_save: modules trained and saved in full.
+    embedding_scale: no field of PEFT, what the model multiplies the rows of its table with, for prompts that begin as
+    some of them; `jpeft_interop` says it for its models, and files do not hold it.
     """
 
     num_virtual_tokens: int | None = None
@@ -191,6 +193,7 @@ class PromptLearningConfig(PeftConfig):
     num_attention_heads: int | None = None
     num_layers: int | None = None
     modules_to_save: tuple[str, ...] | list[str] | None = None
+    embedding_scale: float = 1.0
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -124,6 +124,7 @@ _DIFFERENCES: Mapping[str, Mapping[str, Any]] = {
         "layers": frozenset({"peanut_A", "peanut_B", "peanut_encoders", "peanut_decoders"}),
         "lacks": frozenset({"bias"}),
     },
+    "MULTITASK_PROMPT_TUNING": {"unwritten": frozenset({"prompt_tuning_init_ids", "prompt_tuning_init_state_dict"})},
     "POLY": {"lacks": frozenset({"bias", "layers_pattern", "layers_to_transform"})},
     "PROMPT_TUNING": {"unwritten": frozenset({"prompt_tuning_init_ids"})},
     "PSOFT": {"lacks": frozenset({"bias"})},
@@ -132,6 +133,7 @@ _DIFFERENCES: Mapping[str, Mapping[str, Any]] = {
         "copies": frozenset({"lily_A", "lily_B"}),
         "lacks": frozenset({"bias"}),
     },
+    "XLORA": {"unwritten": frozenset({"experts"})},
     "LORA": {
         "passive": {"megatron_config": None, "megatron_core": "megatron.core"},
         "layers": frozenset({"lora_A", "lora_B"}),
@@ -145,7 +147,13 @@ def formats() -> dict[str, Format]:
     >>> formats()["LORA"].is_layer("lora_A")
     True
     """
-    return {str(kind): Format(config, **_DIFFERENCES.get(kind, {})) for kind, config in config_classes().items()}
+    found = {kind: Format(config, **_DIFFERENCES.get(kind, {})) for kind, config in config_classes().items()}
+    return {
+        str(kind): dataclasses.replace(form, unwritten=form.unwritten | {"embedding_scale"})
+        if issubclass(form.config, jpeft.PromptLearningConfig)
+        else form
+        for kind, form in found.items()
+    }
 
 
 def format_of(config: jpeft.PeftConfig) -> Format:

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 import jpeft
-from jpeft import PeftParams, TunerConfig
+from jpeft import PeftParams, PeftType, TunerConfig
 from jpeft._paths import leaves_by_path
 from jpeft._sites import candidates
 from jpeft._stacks import unstacked
@@ -25,7 +25,9 @@ from ._prefix_inputs import with_prefix_sizes
 from ._prompt_sizes import with_initial_tokens, with_prompt_sizes
 from ._resolve import with_heads
 from ._shadow import with_shadow_of_model
+from ._source_prompts import with_source_prompt
 from ._stacked import unstacked_layouts
+from ._xlora import with_read_experts
 
 
 def inject_adapter_in_model(
@@ -72,6 +74,9 @@ def injected(
     abstract: whether it has shapes alone.
     """
     config = resolved(config, base, wrapped.base, base.layouts)
+    if config.peft_type == PeftType.XLORA:
+        found = with_read_experts(wrapped, base, config, adapter_name, rng)
+        return autocast_adapter(found, adapter_name) if autocast else found
     options: dict[str, Any] = {} if autocast else {"dtype": _weight_dtype(wrapped.base, config, base.layouts)}
 
     def added(wrapped: PeftParams) -> PeftParams:
@@ -91,7 +96,8 @@ def resolved(
     """The config with default targets, the head of its task and the name of the base model."""
     check_attention_of(config, base)
     config = with_shadow_of_model(config, base)
-    config = with_initial_tokens(with_prompt_sizes(with_prefix_sizes(config, base), base.config))
+    config = with_source_prompt(config)
+    config = with_initial_tokens(with_prompt_sizes(with_prefix_sizes(config, base), base))
     config = with_heads(with_default_targets(config, base.model_type), _modules(params, layouts or {}))
     if base.name_or_path is None or config.base_model_name_or_path == base.name_or_path:
         return config

@@ -1,12 +1,14 @@
 """What a prompt's config leaves to the model: its sizes, as PEFT reads them off the model's config, and its text."""
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jpeft
 from jpeft import PromptLearningConfig
-from jpeft._contract import method_of
+
+from ._base_model import BaseModel
 
 _SIZES: Mapping[str, Sequence[str]] = {
     "num_layers": ("num_hidden_layers", "num_layers", "n_layer"),
@@ -16,33 +18,32 @@ _SIZES: Mapping[str, Sequence[str]] = {
 """What the fields are called in config.json; the first that is there counts."""
 
 
-def with_prompt_sizes(config: jpeft.PeftConfig, model_config: Mapping[str, Any]) -> jpeft.PeftConfig:
+def with_prompt_sizes(config: jpeft.PeftConfig, base: BaseModel) -> jpeft.PeftConfig:
     """The config of a prompt with the sizes that it leaves open, of the model's config.json; others as they are.
 
-    Of a prefix, what counts is the keys and values: with grouped queries there are fewer heads of them.
-
-    >>> sizes = {"hidden_size": 8, "num_hidden_layers": 2, "num_attention_heads": 4}
-    >>> with_prompt_sizes(jpeft.PromptTuningConfig(num_virtual_tokens=3), sizes).num_layers
-    2
+    >>> import jax.numpy as jnp
+    >>> from ._base_model import base_model
+    >>> params = {"embed_tokens": {"embedding": jnp.ones((9, 4))}}
+    >>> base = base_model((lambda params, input_ids: params["embed_tokens"]["embedding"][input_ids], params))
+    >>> with_prompt_sizes(jpeft.PromptTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM"), base).submodules
+    1
     """
     if not isinstance(config, PromptLearningConfig):
         return config
-    text = model_config.get("text_config") or model_config
+    text = base.config.get("text_config") or base.config
     told = {field: _first(text, names) for field, names in _SIZES.items() if getattr(config, field) is None}
     told = {field: value for field, value in told.items() if value is not None}
-    if config.num_transformer_submodules is None:
-        told["num_transformer_submodules"] = config.submodules
-    config = dataclasses.replace(config, **told)
-    return _of_keys(config, text) if method_of(config).prefix is not None else config
+    return dataclasses.replace(
+        config, **told, num_transformer_submodules=config.submodules, embedding_scale=_scale(base)
+    )
 
 
-def _of_keys(config: PromptLearningConfig, model_config: Mapping[str, Any]) -> PromptLearningConfig:
-    """The config with the sizes of keys and values in the place of those of queries."""
-    groups = model_config.get("num_key_value_heads")
-    if groups is None or config.token_dim is None or config.num_attention_heads is None:
-        return config
-    head_dim = model_config.get("head_dim") or config.token_dim // config.num_attention_heads
-    return dataclasses.replace(config, token_dim=head_dim * groups, num_attention_heads=groups)
+def _scale(base: BaseModel) -> float:
+    """What the model multiplies the rows of its table with."""
+    own = getattr(base.given, "config", None)
+    if getattr(own, "scale_embedding", False):
+        return math.sqrt(own.d_model)  # pyright: ignore[reportOptionalMemberAccess]
+    return float(getattr(own, "embedding_scale", None) or 1.0)
 
 
 def _first(entries: Mapping[str, Any], names: Sequence[str]) -> Any:

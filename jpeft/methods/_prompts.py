@@ -61,6 +61,6 @@ def repeated_ids(ids: Sequence[int], count: int, site: Site) -> list[int]:
     return (list(ids) * math.ceil(count / len(ids)))[:count]
 
 
-def token_rows(tree: Tree, site: Site, ids: jax.Array) -> jax.Array:
-    """The rows (n, dim) of the table that the ids name, in float32."""
-    return tree.weight(site)[ids].astype(jnp.float32)
+def token_rows(tree: Tree, site: Site, ids: jax.Array, scale: float) -> jax.Array:
+    """The rows (n, dim) of the table that the ids name, as the model takes them up, in float32."""
+    return tree.weight(site)[ids].astype(jnp.float32) * jnp.float32(scale)

@@ -79,7 +79,8 @@ def begin(key: jax.Array, tree: Tree, config: CPTConfig) -> Beginning:
     site = tree.token_table()
     config = checked_sizes(config, site)
     tokens = config.cpt_token_ids or ()
-    rows = token_rows(tree, site, jnp.asarray(repeated_ids(tokens, len(tokens), site)))
+    ids = jnp.asarray(repeated_ids(tokens, len(tokens), site))
+    rows = token_rows(tree, site, ids, config.embedding_scale)
     shared = {PROMPT: rows} if config.inference_mode else {ROWS: rows, DELTA: jnp.zeros_like(rows)}
     return Beginning(config, sites={site.path: site}, shared=shared)
 

@@ -68,13 +68,14 @@ def initial_rows(key: jax.Array, tree: Tree, config: Any) -> jax.Array:
         return jax.random.normal(fold_in_name(key, "prompt_embeddings"), (count, config.token_dim))
     if config.prompt_tuning_init == SAMPLE_VOCAB:
         ids = jax.random.randint(fold_in_name(key, "prompt_tokens"), (count,), 0, site.in_features)
-        return token_rows(tree, site, ids)
+        return token_rows(tree, site, ids, config.embedding_scale)
     if config.prompt_tuning_init_ids is None:
         raise ValueError(
             "prompt_tuning_init is 'TEXT', and jpeft reads no tokenizer; expected prompt_tuning_init_ids, the text's "
             "tokens, or jpeft_interop.get_peft_model, which reads it"
         )
-    return token_rows(tree, site, jnp.asarray(repeated_ids(config.prompt_tuning_init_ids, count, site)))
+    ids = jnp.asarray(repeated_ids(config.prompt_tuning_init_ids, count, site))
+    return token_rows(tree, site, ids, config.embedding_scale)
 
 
 def prompt(p: Arrays, config: PromptTuningConfig, context: Mapping[str, Any]) -> jax.Array:

@@ -64,6 +64,19 @@ def test_files_and_outputs_both_ways(pair, name, tmp_path):
         check_generation(own, theirs, ours)
 
 
+@pytest.mark.parametrize("name", ["gemma", "bart"])
+def test_rows_of_a_table_that_the_model_scales_are_taken_up_scaled(pair, name):
+    own, ids = pair(name), (7, 9)
+    config = jpeft.PromptTuningConfig(
+        task_type=own.kind.task, num_virtual_tokens=2, num_transformer_submodules=1, prompt_tuning_init="TEXT",
+        prompt_tuning_init_ids=ids,
+    )  # fmt: skip
+    rows = jpeft_interop.get_peft_model(own.ours, config).params.adapters["default"].shared["prompt_embeddings"]
+    want = own.theirs.get_input_embeddings()(torch.tensor(ids)).detach().numpy()
+    np.testing.assert_allclose(rows, want, rtol=1e-6)
+    assert np.abs(want / own.theirs.get_input_embeddings().weight.detach().numpy()[list(ids)] - 4).max() < 1e-5
+
+
 @pytest.mark.parametrize("name", ["llama", "t5", "bert, sequences"])
 def test_ten_steps_of_training(pair, name, tmp_path):
     own = pair(name)
