@@ -31,6 +31,7 @@ from ._corda import (
     corda_covariances as corda_covariances,
     initialize_lora_corda_weights as initialize_lora_corda_weights,
 )
+from ._cpt import cpt_loss as cpt_loss
 from ._eva import initialize_lora_eva_weights as initialize_lora_eva_weights
 from ._hotswap import hotswap as hotswap, prepare_for_hotswap as prepare_for_hotswap, trimmed as trimmed
 from ._key_value_prefix import (
@@ -87,7 +88,13 @@ from ._train_step import make_train_step as make_train_step
 from ._virtual_tokens import with_virtual_tokens as with_virtual_tokens
 from ._weighted import add_weighted_adapter as add_weighted_adapter
 from ._wrap import disable_adapters as disable_adapters, set_adapter as set_adapter, unwrap as unwrap, wrap as wrap
+from ._xlora import (
+    create_xlora_adapter as create_xlora_adapter,
+    with_xlora_scalings as with_xlora_scalings,
+    xlora_scalings as xlora_scalings,
+)
 from .methods import lora_residual as _lora_residual  # noqa: F401 (its methods register themselves)
+from .methods._cpt_projection import cpt_projection as cpt_projection
 from .methods._frod_config import FrodConfig as FrodConfig
 from .methods._initialisations import (
     CordaConfig as CordaConfig,
@@ -102,6 +109,7 @@ from .methods._lora_config import (
     MontecloraConfig as MontecloraConfig,
     VeloraConfig as VeloraConfig,
 )
+from .methods._xlora_config import XLoraConfig as XLoraConfig
 from .methods.adalora import AdaLoraConfig as AdaLoraConfig
 from .methods.adamss import AdamssConfig as AdamssConfig
 from .methods.adaption_prompt import AdaptionPromptConfig as AdaptionPromptConfig
@@ -109,6 +117,7 @@ from .methods.beft import BeftConfig as BeftConfig
 from .methods.boft import BOFTConfig as BOFTConfig
 from .methods.c3a import C3AConfig as C3AConfig
 from .methods.cartridge import CartridgeConfig as CartridgeConfig
+from .methods.cpt import CPTConfig as CPTConfig
 from .methods.deft import DeftConfig as DeftConfig
 from .methods.delora import DeloraConfig as DeloraConfig
 from .methods.fourierft import FourierFTConfig as FourierFTConfig
@@ -125,8 +134,10 @@ from .methods.lokr import LoKrConfig as LoKrConfig
 from .methods.lora import LoraConfig as LoraConfig
 from .methods.miss import MissConfig as MissConfig
 from .methods.monteclora import monteclora_loss as monteclora_loss
+from .methods.multitask_prompt_tuning import MultitaskPromptTuningConfig as MultitaskPromptTuningConfig
 from .methods.oft import OFTConfig as OFTConfig, oft_projection as oft_projection
 from .methods.osf import OSFConfig as OSFConfig
+from .methods.p_tuning import PromptEncoderConfig as PromptEncoderConfig
 from .methods.peanut import PeanutConfig as PeanutConfig
 from .methods.poly import PolyConfig as PolyConfig
 from .methods.prefix_tuning import PrefixTuningConfig as PrefixTuningConfig

@@ -40,20 +40,27 @@ def cpt_loss(logits: ArrayLike, labels: ArrayLike, type_mask: ArrayLike, config:
             f"{', '.join(wrong) or 'logits'} for logits {logits.shape}; expected logits (rows, length, vocab), and "
             "whole numbers (rows, length)"
         )
+    decays = config.opt_weighted_loss_type == "decay"
+    return weighted_loss(logits, labels, label_weights(types, config.opt_loss_decay_factor) if decays else None)
+
+
+def weighted_loss(logits: jax.Array, labels: jax.Array, weights: jax.Array | None = None) -> jax.Array:
+    """`cpt_loss` of labels that count as much as the weights (rows, length) say."""
     logits = logits[:, :-1].astype(wide_dtype(logits.dtype))
-    labels, types = labels[:, 1:], types[:, 1:]
-    counts = labels != _IGNORED
-    known = (labels >= 0) & (labels < logits.shape[-1])
+    labels = labels[:, 1:]
+    counts, known = labels != _IGNORED, (labels >= 0) & (labels < logits.shape[-1])
     picked = jnp.take_along_axis(logits, jnp.where(known, labels, 0)[..., None], axis=-1)[..., 0]
     losses = jnp.where(known, jax.nn.logsumexp(logits, axis=-1) - picked, jnp.nan)
-    if config.opt_weighted_loss_type == "decay":
-        losses = losses * _decay(types, config.opt_loss_decay_factor).astype(losses.dtype)
+    losses = losses if weights is None else losses * weights[:, 1:].astype(losses.dtype)
     return jnp.where(counts, losses, 0.0).sum() / counts.sum().astype(losses.dtype)
 
 
-def _decay(types: jax.Array, factor: float) -> jax.Array:
-    """What each place (rows, length) counts: labels by how many examples come after theirs, the rest in full."""
-    own = jnp.where((types > 0) & (types % 4 == 0), types, 0)
+def label_weights(types: jax.Array, factor: ArrayLike) -> jax.Array:
+    """What each place (rows, length) counts: labels `factor` to how many examples come after theirs, the rest in full.
+
+    factor: one, or one a row, (rows, 1). The first place, which nothing comes before, is no label.
+    """
+    own = jnp.where((types > 0) & (types % 4 == 0), types, 0).at[:, 0].set(0)
 
     def after(own: jax.Array) -> jax.Array:
         ordered = jnp.sort(own)
@@ -61,5 +68,5 @@ def _decay(types: jax.Array, factor: float) -> jax.Array:
         number = jnp.cumsum(first)
         return number[-1] - number[jnp.searchsorted(ordered, own, side="right") - 1]
 
-    decay = jnp.float32(factor) ** jax.vmap(after)(own).astype(jnp.float32)
+    decay = jnp.asarray(factor, jnp.float32) ** jax.vmap(after)(own).astype(jnp.float32)
     return jnp.where(own > 0, decay, jnp.float32(1))

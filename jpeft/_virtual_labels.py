@@ -60,26 +60,35 @@ def have_labels(wrapped: PeftParams, adapters: Sequence[str]) -> bool:
 
 
 def with_decoder_prompts(
-    batch: Mapping[str, Any], before: np.ndarray, visible: np.ndarray, names: Sequence[str]
+    batch: Mapping[str, Any], prompts: Mapping[str, range], adapters: Sequence[str]
 ) -> dict[str, jax.Array]:
-    """What changes in a batch when ids (rows, count) come before the decoder's input; nothing without a decoder.
+    """What changes in a batch when prompts come before the decoder's input; nothing without a decoder.
 
-    Raises ValueError for labels without the input of which they are the next tokens.
+    prompts: {adapter: ids}. adapters: of each row. Raises ValueError for rows with and without
+    one, and for labels without the input of which they are the next tokens.
     """
+    names = ", ".join(map(repr, prompts))
+    lengths = {len(prompts.get(name, ())) for name in adapters}
+    if len(lengths) > 1:
+        raise ValueError(
+            f"of the prompts of {names} the rows have {sorted(lengths)} tokens before the decoder's input; expected "
+            "one number, as all rows of a decoder begin together"
+        )
+    before = np.array([prompts.get(name, ()) for name in adapters], np.int32)
     if batch.get("decoder_input_ids") is None:
         if batch.get("labels") is None:
             return {}
         raise ValueError(
-            f"the prompt of {', '.join(map(repr, names))} comes before the decoder's input, too, and the batch has "
-            "labels, but no decoder_input_ids; expected both: the labels moved one to the right, after the start "
-            "token, or jpeft_interop.prepare_inputs, which makes them"
+            f"the prompt of {names} comes before the decoder's input, too, and the batch has labels, but no "
+            "decoder_input_ids; expected both: the labels moved one to the right, after the start token, or "
+            "jpeft_interop.prepare_inputs, which makes them"
         )
     given = jnp.asarray(batch["decoder_input_ids"])
     found = {"decoder_input_ids": jnp.concatenate([before.astype(given.dtype), given], axis=1)}
     mask = batch.get("decoder_attention_mask")
-    if mask is not None or not visible.all():
-        mask = jnp.ones(given.shape, jnp.int32) if mask is None else jnp.asarray(mask)
-        found["decoder_attention_mask"] = jnp.concatenate([visible.astype(mask.dtype), mask], axis=1)
+    if mask is not None:
+        mask = jnp.asarray(mask)
+        found["decoder_attention_mask"] = jnp.concatenate([jnp.ones(before.shape, mask.dtype), mask], axis=1)
     if batch.get("labels") is not None:
         found["labels"] = with_ignored(batch["labels"], before.shape[1])
     return found

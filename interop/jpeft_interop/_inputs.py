@@ -9,12 +9,14 @@ from jpeft import PeftParams
 from ._adaption_inputs import with_adaption_prompts
 from ._base_model import BaseModel, base_model
 from ._prefix_inputs import with_prefix
+from ._prompt_inputs import with_decoder_input, with_weights, without_idle_types
 from ._shadow import with_shadow
+from ._xlora import with_router_scalings
 
 Batch = dict[str, Any]
 Step = Callable[[BaseModel, PeftParams, Batch], tuple[PeftParams, Batch]]
 
-STEPS: tuple[Step, ...] = (with_adaption_prompts, with_shadow)
+STEPS: tuple[Step, ...] = (with_adaption_prompts, with_shadow, with_router_scalings)
 """What is done in turn, after virtual tokens were put before the text; each leaves alone what is not its own."""
 
 
@@ -25,7 +27,8 @@ def prepare_inputs(
 
     model: as for `get_peft_model`, or a `PeftModel`, whose calls do this by themselves. batch: the inputs by name.
     A soft prompt's virtual tokens come before the text (`jpeft.with_virtual_tokens`), a prefix goes in as the model's
-    cache, and so on; without such adapters both come back as they are. adapter_names: of each row, where several
+    cache, and so on; without such adapters both come back as they are. With CPT and a loss that decays the batch also
+    has `input_type_mask`, to take out for `jpeft.cpt_loss`. adapter_names: of each row, where several
     prompts are active. A pure function: call it inside the loss, under `jit` and `grad`, as in
     `wrapped, batch = prepare_inputs(model, wrapped, batch); apply(wrapped, **batch)`.
     Raises ValueError as `jpeft.with_virtual_tokens` does, and for adapters that the model cannot take.
@@ -46,7 +49,9 @@ def prepared(
     base: BaseModel, wrapped: PeftParams, batch: Batch, adapter_names: Sequence[str] | None = None
 ) -> tuple[PeftParams, Batch]:
     """`prepare_inputs` of a model that is known already."""
+    batch = with_decoder_input(base, wrapped, batch)
     batch = jpeft.with_virtual_tokens(batch, wrapped, adapter_names=adapter_names)
+    batch = without_idle_types(wrapped, batch)
     batch = with_prefix(base, wrapped, batch, adapter_names)
     for step in STEPS:
         wrapped, batch = step(base, wrapped, batch)
@@ -58,5 +63,8 @@ def prepared_call(
 ) -> tuple[PeftParams, Sequence[Any], Batch]:
     """`prepared` for a call as it is written: the first argument is `input_ids`, if there is one without a name."""
     batch = {**({"input_ids": args[0]} if args else {}), **kwargs}
-    wrapped, batch = prepared(base, wrapped, batch, batch.pop("adapter_names", None))
+    names = batch.pop("adapter_names", None)
+    wrapped, batch = prepared(base, wrapped, batch, names)
+    # A function that is no model of this package has a loss of its own, if any.
+    batch = with_weights(wrapped, batch, names) if hasattr(base.given, "blueprint") else batch
     return wrapped, (batch.pop("input_ids"), *args[1:]) if args else args, batch

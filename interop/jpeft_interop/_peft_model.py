@@ -39,6 +39,7 @@ from ._idle import warn_idle
 from ._inject import injected
 from ._inputs import prepared_call
 from ._invocations import with_found_offsets, with_told
+from ._prompt_inputs import weighing
 from ._push import PushOptions, push_folder
 from ._status import TunerLayerStatus, TunerModelStatus, layer_status, model_status
 from ._task_classes import CLASSES, class_for, of_task
@@ -85,7 +86,7 @@ class PeftModel:
     def _begin(self, face: Face) -> None:
         self.face = face
         self.apply = jpeft.lift(face.base.apply)
-        self._call = compiled(face.base.apply, partial(prepared_call, face.base))
+        self._call = compiled(weighing(face.base.apply), partial(prepared_call, face.base))
 
     @classmethod
     def from_pretrained(

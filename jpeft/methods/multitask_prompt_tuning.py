@@ -6,8 +6,8 @@
 ranks, dim)`. Costs n dim + tasks ranks (n + dim) parameters. `task_ids (rows,)`: of each row of a batch.
 Of an encoder-decoder the first n rows come before the encoder's text, the others before the decoder's
 (`num_transformer_submodules=1`: there are none). There PEFT takes labels alone, no decoder_input_ids, and generates
-without the rows that the decoder was trained with; here both are as in training. Its models for tokens and for
-questions do not pass task_ids on.
+without the rows that the decoder was trained with; here both are as in training. Its models for
+questions and for features do not pass task_ids on.
 """
 
 import dataclasses
