@@ -17,7 +17,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from prompts.matching import Answers, Base, History, adapted_vectors, fit, plain_vectors, pooled, read_base
+from prompts.matching import Answers, Base, History, Recipe, adapted_vectors, fit, plain_vectors, pooled, read_base
 from prompts.questions import PACKAGE, Examples, read_examples
 from quickstart.texts import PACKAGES, in_batches
 
@@ -148,9 +148,8 @@ def main() -> None:
     for name, configured in METHODS.items():
         config, rate = configured(base, given.tokens)
         models[name] = model = jpeft_interop.get_peft_model(base.model, config, rng=jax.random.key(given.seed))
-        history = fit(
-            model, answers, train, held_out, steps=given.steps, rate=rate, seed=given.seed, name=name
-        )  # fmt: skip
+        how = Recipe(name, given.steps, rate, given.seed)
+        history = fit(model, answers, train, held_out, how)
         histories[name] = history
         trains, whole = model.get_nb_trainable_parameters()
         facts[name] = {

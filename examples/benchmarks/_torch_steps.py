@@ -37,13 +37,16 @@ def floor_step(model: Any, tokens: torch.Tensor) -> Step:
     return step(model, tokens)
 
 
-def step(model: Any, tokens: torch.Tensor, added: Callable[[Any], Any] | None = None) -> Step:
-    """Forward, backward and AdamW of what trains. added(model): a term of the loss that the caller has to add."""
+def step(model: Any, tokens: torch.Tensor, added: Callable[[Any], Any] | None = None, **inputs: Any) -> Step:
+    """Forward, backward and AdamW of what trains. added(model): a term of the loss that the caller has to add.
+
+    inputs: what the model takes besides the tokens.
+    """
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trainable, lr=1e-4, fused=True)
 
     def run() -> None:
-        loss = model(input_ids=tokens, labels=tokens).loss
+        loss = model(input_ids=tokens, labels=tokens, **inputs).loss
         (loss if added is None else loss + added(model)).backward()
         optimizer.step()
         optimizer.zero_grad()

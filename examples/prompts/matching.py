@@ -137,9 +137,17 @@ def adapted_vectors(model: Any, examples: Examples) -> np.ndarray:
     return in_batches(of, examples)
 
 
-def fit(
-    model: Any, answers: Answers, train: Examples, held_out: Examples, *, steps: int, rate: float, seed: int, name: str
-) -> History:
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """How to train. rate: the highest, after a tenth of the steps; it ends at zero."""
+
+    name: str
+    steps: int
+    rate: float
+    seed: int
+
+
+def fit(model: Any, answers: Answers, train: Examples, held_out: Examples, how: Recipe) -> History:
     """Train the adapter of a model of `get_peft_model`; its arrays are in the model afterwards."""
     from tqdm import tqdm
 
@@ -147,17 +155,17 @@ def fit(
         logits = answers.logits(in_context(model, apply, params, batch), batch["task_ids"])
         return optax.softmax_cross_entropy_with_integer_labels(logits, batch["labels"]).mean()
 
-    schedule = optax.warmup_cosine_decay_schedule(0.0, rate, warmup_steps=-(-steps // 10), decay_steps=steps)
+    schedule = optax.warmup_cosine_decay_schedule(0.0, how.rate, how.steps // 10, how.steps)
     tx = optax.adam(schedule)
     step = jpeft.make_train_step(model.apply, loss, tx, clip_norm=1.0)
-    state = jpeft.train_state(model.params, tx, rng=jax.random.key(seed))
+    state = jpeft.train_state(model.params, tx, rng=jax.random.key(how.seed))
 
     history = History(accuracies=[(0, answers.accuracy(adapted_vectors(model, held_out), held_out))])
-    bar = tqdm(shuffled(len(train.labels), steps, seed), total=steps, desc=name, unit="step")
+    bar = tqdm(shuffled(len(train.labels), how.steps, how.seed), total=how.steps, desc=how.name, unit="step")
     for number, rows in enumerate(bar, start=1):
         state, metrics = step(state, train.rows(rows))
         history.losses.append(float(metrics["loss"]))
-        if number % -(-steps // 3) == 0 or number == steps:
+        if number % -(-how.steps // 3) == 0 or number == how.steps:
             model.params = state.params
             history.accuracies.append((number, answers.accuracy(adapted_vectors(model, held_out), held_out)))
         held = " ".join(f"{value:.1%}" for value in history.accuracies[-1][1])
