@@ -256,7 +256,7 @@ def test_begins_with_the_keys_of_peft(pairs, fields, tmp_path):
 
 
 def test_scanned_layers(pairs, tmp_path):
-    """Stacked layers, and with remat: the same logits, losses and gradients, and the same file."""
+    """Stacked, and with remat, the loss made by chunks: PEFT's loss, the same gradients, the same file and text."""
     pair = pairs("llama")
     theirs = in_torch(pair)
     saved(theirs, tmp_path / "theirs")
@@ -278,5 +278,6 @@ def test_scanned_layers(pairs, tmp_path):
         save_pretrained(wrapped, tmp_path / "ours")
         assert_same_files(tmp_path)
     assert list(shapes) == ["model.layers.0:3"]
+    assert outputs[0][0] == pytest.approx(float(torch_output(theirs, mask=None).loss), rel=TOLERANCE)
     assert_texts(theirs, partial(model.generate, wrapped))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), *outputs)
