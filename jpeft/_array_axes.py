@@ -38,6 +38,8 @@ def axes_of_weights(adapter: Adapter) -> dict[str, dict[str, str]]:
         return {
             path: {name: OTHER * array.ndim for name, array in own.items()} for path, own in adapter.weights.items()
         }
+    if told := method_of(_config(adapter)).axes:
+        return {path: {name: told[name] for name in arrays} for path, arrays in adapter.weights.items()}
     wide, tall = (_grown(adapter, letters).weights for letters in (_INPUTS, _OUTPUTS))
     found: dict[str, dict[str, str]] = {}
     for path, arrays in adapter.weights.items():

@@ -116,7 +116,7 @@ class RowInput:
 
     read(value) -> array (rows, ...), from what `with_context` was given; raises ValueError for what is no such array.
     plain: the entry of a row with which the method is the plain one of its config class; None if there is none.
-    check(array, config): raises ValueError for entries that are nothing to an adapter of this config, if they are known.
+    check(array, config): raises ValueError for entries that mean nothing to an adapter of this config, if they are known
     """
 
     read: Callable[[Any], jax.Array]
@@ -155,6 +155,7 @@ class Method:
     tied(p, x, y, site), without them: what y = x Wᵀ becomes; None: what it is.
     searched: fields of the config, patterns, whose keys may be found anywhere in a path (`_patterns.search_value`).
     row_inputs: {name: RowInput} that a call has to bring; a `forward` without factors finds the arrays in `context`.
+    axes: {array: letters} of its axes, inputs (i), outputs (o), others (.), where `init` makes none to see them by.
     in_full: whether copies of the targeted modules train in their place; rows(config): which rows of the targeted
     tables do. A method with one of the two adapts no module: it is made by `without_sites`.
     begin(key, tree, config) -> `_begin.Beginning`: for a method whose places no target_modules tell, instead of `init`;
@@ -199,6 +200,7 @@ class Method:
     tied: Callable[[Arrays, jax.Array, jax.Array, Site], jax.Array] | None = None
     searched: frozenset[str] = frozenset()
     row_inputs: Mapping[str, RowInput] = FrozenMapping()
+    axes: Mapping[str, str] = FrozenMapping()
     in_full: bool = False
     rows: Callable[[Any], tuple[int, ...]] | None = None
     begin: Callable[[jax.Array, Any, Any], Any] | None = None

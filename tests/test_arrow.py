@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import PartitionSpec as P
 from jax.test_util import check_grads
 
 import jpeft
@@ -106,6 +107,23 @@ def test_adapters_of_different_ranks():
     assert router.adapters["arrow_router"].weights["first"]["arrow_A"].shape == (4, 4, 5)
     assert router.adapters["arrow_router"].config.r == 4
     np.testing.assert_allclose(jpeft.lift(model)(router, X), oracle(wrapped, X), rtol=1e-10)
+
+
+def test_a_router_goes_onto_a_mesh_as_its_modules_do():
+    wide = {"up": {"kernel": jax.ShapeDtypeStruct((64, 4096), jnp.float32)}}
+    config = LoraConfig(r=4, target_modules=["up"])
+    wrapped = jpeft.wrap(jpeft.wrap(wide, config, adapter_name="law"), config, adapter_name="poems")
+    router = jpeft.create_arrow_adapter(wrapped, ["law", "poems"], ArrowConfig(top_k=1))
+    mesh = jax.sharding.AbstractMesh((2, 2), ("fsdp", "tp"))
+    placed = jpeft.shardings(router, mesh, [("kernel$", P("fsdp", "tp"))], tiny=1).adapters["arrow_router"]
+    assert {name: sharding.spec for name, sharding in placed.weights["up"].items()} == {
+        "arrow_A": P(None, None, "fsdp"),
+        "arrow_B": P(None, "tp"),
+        "arrow_prototypes": P(None, "fsdp"),
+        "arrow_scaling": P(),
+        "lora_A": P(None, "fsdp"),
+        "lora_B": P("tp"),
+    }
 
 
 @pytest.mark.usefixtures("x64")

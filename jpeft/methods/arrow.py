@@ -14,10 +14,12 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from .._config import FrozenMapping
 from .._contract import LINEAR, Arrays, Base, Method, Site, dropped, register
 from .lora import LORA, LoraConfig
 
-ROUTES = frozenset({"arrow_A", "arrow_B", "arrow_scaling", "arrow_prototypes"})
+ROUTES = FrozenMapping({"arrow_A": "..i", "arrow_B": ".o.", "arrow_scaling": ".", "arrow_prototypes": ".i"})
+UNUSED = FrozenMapping({"lora_A": ".i", "lora_B": "o."})
 
 
 def init(key: jax.Array, site: Site, config: LoraConfig, weight: Callable[[], Any]) -> NoReturn:
@@ -66,8 +68,9 @@ ARROW = register(
         merge=merge,
         dropout=LORA.dropout,
         kinds=frozenset({LINEAR}),
-        frozen=frozenset({"lora_A", "lora_B"}),
-        derived=ROUTES,
+        frozen=frozenset(UNUSED),
+        derived=frozenset(ROUTES),
+        axes=FrozenMapping({**UNUSED, **ROUTES}),
         linear=False,
     ),
     applies=lambda config: config.arrow_config is not None,
