@@ -40,8 +40,8 @@ def check_takes_prompts(family: Family) -> str:
     return family.adapted_attention
 
 
-def by_layer(given: Mapping[str, Prompt], leaves: Mapping[str, Leaf], family: Family) -> dict[int, Prompt]:
-    """The prompts by the numbers of their layers.
+def by_layer(given: Mapping[str, Prompt], leaves: Mapping[str, Leaf], family: Family, config: Any) -> dict[int, Prompt]:
+    """The prompts of a model, of these parameters, family and config, by the numbers of their layers.
 
     Raises TypeError for a family whose attention takes none, ValueError for a path that is no layer's attention, and
     for arrays of other names or shapes.
@@ -51,13 +51,15 @@ def by_layer(given: Mapping[str, Prompt], leaves: Mapping[str, Leaf], family: Fa
         raise ValueError(
             f"{ADAPTION_PROMPTS} are for {', '.join(unknown)}; expected the attention of layers: {', '.join(known)}"
         )
+    hidden = config.hidden_size
+    length = max((jnp.size(prompt.get("adaption_prompt", 0)) for prompt in given.values()), default=0) // hidden
+    expected = {"adaption_prompt": (1, length, hidden), "adaption_gate": (1,)}
     for path, prompt in given.items():
         shapes = {name: jnp.shape(array) for name, array in prompt.items()}
-        rows = shapes.get("adaption_prompt", ())
-        if shapes.keys() != {"adaption_prompt", "adaption_gate"} or len(rows) != 3 or shapes["adaption_gate"] != (1,):
+        if shapes != expected:
             raise ValueError(
-                f"{ADAPTION_PROMPTS} of {path} have the shapes {shapes}; expected adaption_prompt (1, n, hidden_size) "
-                "and adaption_gate (1,)"
+                f"{ADAPTION_PROMPTS} of {path} have the shapes {shapes}; expected {expected}: rows of the model's "
+                "width, as many in every layer, and one gate"
             )
     return {known[path]: prompt for path, prompt in given.items()}
 

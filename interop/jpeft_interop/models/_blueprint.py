@@ -48,6 +48,6 @@ def run_network(blueprint: Blueprint, params: Params, given: Mapping[str, Any]) 
     if any(is_quantized(leaf) for _, leaf in flatten(params)):
         return jpeft.lift(partial(run_network, blueprint))(params, given)
     if ADAPTION_PROMPTS in given:
-        prompts = by_layer(given[ADAPTION_PROMPTS], blueprint.leaves, blueprint.family)
+        prompts = by_layer(given[ADAPTION_PROMPTS], blueprint.leaves, blueprint.family, blueprint.config)
         given = {**given, ADAPTION_PROMPTS: prompts}
     return spread_scores(nnx.merge(blueprint.graphdef, params)(**given), blueprint.options.mesh)
