@@ -41,7 +41,7 @@ def learned_together(
     )
     configs = {
         "multitask prompt tuning": (shared_prompt(given.tokens, num_tasks=len(QUESTIONS)), 0.05),
-        "Poly": (poly, 0.005),
+        "Poly": (poly, 0.003),
     }
     found = {}
     for name, (config, rate) in configs.items():
@@ -121,8 +121,8 @@ def draw(together: dict[str, History], new: dict[str, History], file: Path) -> N
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("multitask-out"), help="folder for the results (%(default)s)")
-    parser.add_argument("--steps", type=int, default=80, help="training steps of each method (%(default)s)")
-    parser.add_argument("--new-steps", type=int, default=20, help="steps of the new question (%(default)s)")
+    parser.add_argument("--steps", type=int, default=60, help="training steps of each method (%(default)s)")
+    parser.add_argument("--new-steps", type=int, default=16, help="steps of the new question (%(default)s)")
     parser.add_argument("--tokens", type=int, default=8, help="virtual tokens (%(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of the split, the adapters and the batches (%(default)s)")
     parser.add_argument("--tiny", action="store_true", help="a random model in place of the real one, to try the code")
