@@ -116,7 +116,7 @@ class RowInput:
 
     read(value) -> array (rows, ...), from what `with_context` was given; raises ValueError for what is no such array.
     plain: the entry of a row with which the method is the plain one of its config class; None if there is none.
-    check(array, config): raises ValueError for entries that mean nothing to an adapter of this config, if they are known
+    check(array, config): raises ValueError for entries that an adapter of this config has no use for, if they are known
     """
 
     read: Callable[[Any], jax.Array]

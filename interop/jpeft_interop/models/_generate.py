@@ -235,6 +235,7 @@ def _compiled(
         params = _activated(params, prompt, inputs.get("attention_mask"))
     network = in_two_runs(run, params, blueprint.architecture.name)
     rows, length = prompt.shape
+    _check_rows(params, rows)
     copies = settings.returned if settings.beams is None else 1
     spread = jnp.repeat(jnp.arange(rows), copies)
     prompt, inputs = prompt[spread], {name: _rows_of(given, spread) for name, given in inputs.items()}
@@ -250,6 +251,17 @@ def _compiled(
     choose = Draw(settings.top_k, warp) if settings.do_sample else greedy
     found = sample(network, decoder, first, sequences, length, settings.eos, settings.pad, processor, choose, key)
     return GenerationOutput(found[:, virtual:])
+
+
+def _check_rows(params: Any, rows: int) -> None:
+    context = params.context if isinstance(params, jpeft.PeftParams) else {}
+    for name in context.keys() - {"rng"}:
+        counts = {array.shape[0] for array in jax.tree.leaves(context[name])} - {rows}
+        if counts:
+            raise ValueError(
+                f"{name} are for {counts.pop()} rows, the batch has {rows}; expected an entry for each, also where "
+                "several sequences continue it"
+            )
 
 
 def _rows_of(given: Any, rows: jax.Array) -> Any:
