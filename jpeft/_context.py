@@ -20,8 +20,8 @@ def with_context(
     adapter_indices: for parameters of `mixed_batch`, which adapter each row of the batch gets: integers (rows,), -1 for
     none, or a list of names, "__base__" for none.
     row_inputs: what the adapters' methods ask for, by name, an entry a row: `alora_offsets` (rows,), see
-    `jpeft.alora_offsets`; `task_ids` (rows,), of Poly. An array is for all adapters that ask for it, a dict
-    {adapter: array} for each its own.
+    `jpeft.alora_offsets`; `task_ids` (rows,), of Poly and of prompts for several tasks. An array is for all adapters
+    that ask for it, a dict {adapter: array} for each its own.
     Raises TypeError if `rng` is not a PRNG key, or for a name that no adapter asks for, and ValueError for indices or
     names that the parameters do not have, and for arrays of another form or of another number of rows.
 

@@ -63,13 +63,22 @@ def with_weights(
 
 
 def weighing(apply: Callable[..., Any]) -> Callable[..., Any]:
-    """A model's function that takes `label_weights (rows, length)` of a language model, and counts them in its loss."""
+    """The function of a language model that takes `label_weights (rows, length)`, too, and counts them in its loss.
+
+    It raises ValueError for them where it gets no logits.
+    """
 
     def weighed(params: Any, *args: Any, **kwargs: Any) -> Any:
         weights = kwargs.pop(WEIGHTS, None)
         output = apply(params, *args, **kwargs)
         if weights is None:
             return output
-        return dataclasses.replace(output, loss=weighted_loss(output.logits, jnp.asarray(kwargs["labels"]), weights))
+        labels, logits = jnp.asarray(kwargs["labels"]), output.logits
+        if logits is None:
+            raise ValueError(
+                f"a loss that decays is made of the logits of all {labels.shape[1]} tokens, and the call gives none; "
+                "expected no loss_chunk_size, or opt_weighted_loss_type='none'"
+            )
+        return dataclasses.replace(output, loss=weighted_loss(logits, labels, weights))
 
     return weighed

@@ -198,8 +198,7 @@ def test_each_adapter_has_its_own_decay(pair):
     for name, factor in (("default", 1.0), ("other", 0.5)):
         params = jpeft.wrap(params, jpeft.CPTConfig(**{**DECAY, "opt_loss_decay_factor": factor}), adapter_name=name)
     batch = {**inputs(own.kind), **labels(own.kind)}
-    model = jpeft_interop.get_peft_model(own.ours, jpeft.CPTConfig(**DECAY))
-    losses = {}
+    model, losses = None, {}
     for name in ("default", "other"):
         model = jpeft_interop.PeftModel(own.ours, params.adapters[name].config, adapter_name=name)
         losses[name] = float(model(**batch).loss)
@@ -211,6 +210,20 @@ def test_each_adapter_has_its_own_decay(pair):
             float(jpeft.cpt_loss(logits, given["labels"], types, config)), losses[name], rtol=1e-5
         )
     assert abs(losses["default"] - losses["other"]) > 0.1
+    model.add_adapter("default", params.adapters["default"].config)
+    names = ["other", "default", "other"]
+    found = model(**batch, adapter_names=names)
+    given = jpeft.with_virtual_tokens(batch, jpeft.set_adapter(params, ["default", "other"]), adapter_names=names)
+    counts = (np.asarray(given["labels"])[:, 1:] != -100).sum(1)
+    arrays = (found.logits, given["labels"], given["input_type_mask"])
+    of_rows = [
+        float(jpeft.cpt_loss(*(array[row : row + 1] for array in arrays), params.adapters[name].config))
+        for row, name in enumerate(names)
+    ]
+    np.testing.assert_allclose(float(found.loss), np.average(of_rows, weights=counts), rtol=1e-5)
+    with pytest.raises(ValueError, match="logits of all 15 tokens, and the call gives none; expected no loss_chunk"):
+        model(**batch, loss_chunk_size=5)
+
     both = jpeft.set_adapter(params, ["default", "other"])
     names = ["other", "default", "__base__"]
     given = jpeft.with_virtual_tokens(batch, both, adapter_names=names)

@@ -100,13 +100,22 @@ def test_the_prompt_of_a_task_and_its_gradient():
         np.testing.assert_allclose(gradients[name], own.grad.numpy(), atol=1e-4, err_msg=name)
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt2", "bert, sequences", "bert, tokens"])
+@pytest.mark.parametrize("name", ["llama", "bert, sequences", "bert, tokens"])
 def test_files_and_outputs_both_ways(pair, name, tmp_path):
     own = pair(name)
     config = peft.MultitaskPromptTuningConfig(task_type=own.kind.task, **SETTINGS)
     theirs, ours = check_both_ways(own, config, tmp_path, task_ids=TASKS)
     if own.kind.task == "CAUSAL_LM":
         check_generation(own, theirs, ours, task_ids=TASKS)
+    if name == "llama":
+        # Beams repeat the rows, and what goes with them.
+        ids = inputs(own.kind, padded=False)["input_ids"]
+        settings = {"max_new_tokens": 4, "num_beams": 3}
+        want = quietly(
+            theirs.generate, input_ids=torch.tensor(ids), task_ids=torch.tensor(TASKS), do_sample=False, **settings
+        )
+        got = np.asarray(ours.generate(ids, task_ids=TASKS, **settings).sequences)
+        np.testing.assert_array_equal(got[:, : want.shape[1]], want.numpy())
 
 
 @pytest.mark.parametrize(("name", "submodules"), [("t5", None), ("t5", 1), ("bart", None)])

@@ -90,10 +90,7 @@ def test_the_encoder(settings):
         ("llama", MLP),
         ("gpt2", LSTM),
         ("t5", LSTM),
-        ("bart", MLP),
         ("bert, sequences", LSTM),
-        ("bert, tokens", MLP),
-        ("bert, answers", MLP),
     ],
 )
 def test_files_and_outputs_both_ways(pair, name, settings, tmp_path):

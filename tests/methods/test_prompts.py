@@ -244,6 +244,18 @@ def test_sources_that_are_refused(base, options, changed, match):
         jpeft.wrap(base, config)
 
 
+def test_how_a_prompt_began_is_kept_as_far_as_files_can_tell(base):
+    """PEFT reads a text, or a source, again whenever it loads the prompt."""
+    ids = {"prompt_tuning_init": "TEXT", "prompt_tuning_init_ids": [4, 5]}
+    told = {"prompt_tuning_init_text": "one two", "tokenizer_name_or_path": "somewhere"}
+    for config in (TASKS, functools.partial(jpeft.PromptTuningConfig, num_virtual_tokens=2)):
+        for given, how in ((ids, "RANDOM"), ({**ids, **told}, "TEXT")):
+            adapter = jpeft.wrap(base, config(**given)).adapters["default"]
+            assert adapter.config.prompt_tuning_init == how
+            table = base["embed_tokens"]["embedding"]
+            np.testing.assert_array_equal(adapter.shared["prompt_embeddings"], table[jnp.array([4, 5])])
+
+
 def test_a_context_of_tokens_that_the_table_lacks(base):
     with pytest.raises(ValueError, match=r"begins with the tokens \[1, 11\], but .* has 11 rows"):
         jpeft.wrap(base, jpeft.CPTConfig(cpt_token_ids=[1, 11]))
