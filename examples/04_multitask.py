@@ -169,9 +169,11 @@ def main() -> None:
     print(
         f"\na new question, {ERRORS.name!r}: {count} examples, {given.new_steps} steps\n" + table(more, [ERRORS.name])
     )
+    picture = given.out / "multitask.png"
     if find_spec("matplotlib"):
-        draw(histories, new, given.out / "multitask.png")
-    print(f"\n{time.perf_counter() - start:.0f} s; written to {given.out}/ (picture: multitask.png)")
+        draw(histories, new, picture)
+    told = f"picture: {picture.name}" if picture.exists() else "no picture, for want of matplotlib"
+    print(f"\n{time.perf_counter() - start:.0f} s; written to {given.out}/ ({told})")
 
 
 if __name__ == "__main__":

@@ -19,9 +19,13 @@ LENGTH = 32  # Tokens of a text: one shape everywhere. A docstring says in its f
 
 @dataclasses.dataclass(frozen=True)
 class Question:
-    """answers: their texts. of(package, node) -> the index of the right one, None if the question does not apply."""
+    """text: the question itself, which a prompt can begin as. answers: their texts.
+
+    of(package, node) -> the index of the right one, None if the question does not apply.
+    """
 
     name: str
+    text: str
     answers: tuple[str, ...]
     of: Callable[[int, Documented], int | None]
 
@@ -44,10 +48,19 @@ def raises(package: int, node: Documented) -> int | None:
     return int(any(isinstance(own, ast.Raise) for own in ast.walk(node)))
 
 
-PACKAGE = Question("package", tuple(f"Python's {name} package" for name in PACKAGES), lambda package, node: package)
-KIND = Question("kind", ("a class", "a function", "a module"), kind_of)
-RESULT = Question("result", ("it changes something", "it returns a value"), gives_back)
-ERRORS = Question("errors", ("it always works", "it raises an exception"), raises)
+PACKAGE = Question(
+    "package",
+    "Which package of Python's standard library is this from?",
+    tuple(f"Python's {name} package" for name in PACKAGES),
+    lambda package, node: package,
+)
+KIND = Question(
+    "kind", "Is this about a class, a function or a module?", ("a class", "a function", "a module"), kind_of
+)
+RESULT = Question(
+    "result", "Does this function return a value?", ("it changes something", "it returns a value"), gives_back
+)
+ERRORS = Question("errors", "Does this function raise an error?", ("it always works", "it raises an exception"), raises)
 
 
 @dataclasses.dataclass(frozen=True)
