@@ -78,8 +78,9 @@ def load_pretrained(
     ignore_mismatched_sizes: whether tensors of another shape than the model asks for are left out, with a UserWarning
     that lists them; what they were for begins as `jpeft.wrap` makes it.
     Stacks of layers, named by the slice of their numbers, are filled from the file's single layers, which have to be
-    alike. The arrays keep the file's dtypes, and go onto the mesh that the base is on, if it is, as `jpeft.shardings`
-    says. Embeddings that the file holds in full,
+    alike. The experts of an X-LoRA adapter are those in its folder, or else where its config says that they were;
+    where `config` says, if it is given.
+    The arrays keep the file's dtypes, and go onto the mesh that the base is on, if it is, as `jpeft.shardings` says. Embeddings that the file holds in full,
     because they were resized or are another model's, become part of the adapter.
     Raises FileNotFoundError if a file is absent; ValueError if one is damaged, pickled, asks for what is not
     implemented, or does not fit the parameters: all missing, unexpected and misshapen tensors in one message.

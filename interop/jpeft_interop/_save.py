@@ -72,7 +72,8 @@ def save_pretrained(
     path_initial_model_for_weight_conversion: write an adapter of "pissa" or "olora" as plain LoRA of twice the rank,
     which goes with any other: True, or the folder of the untrained adapter. Adapters of "pissa_niter_<number>", "corda"
     and "lora_ga" are always written so, as no file tells what they took out of the base.
-    Stacks of layers, named by the slice of their numbers, are written layer by layer.
+    Stacks of layers, named by the slice of their numbers, are written layer by layer. The experts of an X-LoRA adapter
+    go into subfolders of its own.
     What follows from the base, but not alike on every machine (PSOFT's singular vectors), and the encoder of which a
     prompt is made (P-tuning, prefix tuning with a projection, CPT), to train on, go into a third file that PyTorch PEFT
     does not look at, `jpeft_state.safetensors`.
