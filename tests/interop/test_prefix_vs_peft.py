@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import functools
+import json
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +13,7 @@ import pytest
 
 import jpeft
 import jpeft_interop
+from jpeft_interop import models
 
 torch = pytest.importorskip("torch")
 peft = pytest.importorskip("peft")
@@ -63,12 +65,6 @@ MORE = {
         "FlaxAutoModelForSequenceClassification",
         "SEQ_CLS",
     ),
-    "t5, three layers": Kind(
-        lambda: transformers.T5Config(**{**T5, "num_layers": 3}),
-        "T5ForConditionalGeneration",
-        "FlaxAutoModelForSeq2SeqLM",
-        "SEQ_2_SEQ_LM",
-    ),
     "bart, a deeper encoder": Kind(
         lambda: transformers.BartConfig(**{**BART, "encoder_layers": 3}),
         "BartForConditionalGeneration",
@@ -82,7 +78,8 @@ MORE = {
         "TOKEN_CLS",
     ),
 }
-GENERATED = ("llama", "gemma", "gpt2", "t5", "bart")
+GENERATED = ("gemma", "gpt2", "t5", "bart")
+"""And llama, by beams."""
 
 
 @functools.cache
@@ -92,7 +89,7 @@ def _pair(name, root):
     kind = MORE[name]
     model = randomise(getattr(transformers, kind.theirs)(kind.config()), 0).eval()
     model.save_pretrained(root)
-    return Pair(kind, model, getattr(jpeft_interop.models, kind.ours).from_pretrained(root), root)
+    return Pair(kind, model, getattr(models, kind.ours).from_pretrained(root), root)
 
 
 @pytest.fixture(scope="module")
@@ -120,6 +117,10 @@ def batch_of(own, *, left=False):
     return batch
 
 
+def labels_of(own):
+    return labels(own.kind)
+
+
 def seen(own, batch):
     return None if own.kind.task in ("SEQ_CLS", "SEQ_2_SEQ_LM") else batch["attention_mask"]
 
@@ -137,6 +138,8 @@ def test_files_and_outputs_both_ways(pair, name, tmp_path):
     assert np.abs(want - their_output(own.theirs, batch)).max() > 0.02
     ours.save_pretrained(tmp_path / "ours")
     assert_same_files(tmp_path / "theirs", tmp_path / "ours")
+    one, other = (json.loads((tmp_path / side / "adapter_config.json").read_text()) for side in ("theirs", "ours"))
+    assert one == other
     again = loaded_by_peft(own, tmp_path / "ours")
     assert_close(their_output(again, batch), want, seen(own, batch))
     fresh = quietly(jpeft_interop.get_peft_model, own.ours, jpeft.PrefixTuningConfig(
@@ -201,7 +204,7 @@ def steps_of(own, theirs, params, batch, rate):
     return want, got, params
 
 
-@pytest.mark.parametrize(("name", "projection"), [("llama", True), ("t5", False), ("bert, sequences", False)])
+@pytest.mark.parametrize(("name", "projection"), [("llama", True), ("t5", False)])
 def test_ten_steps_of_training(pair, name, projection, tmp_path):
     own = pair(name)
     theirs = own.with_peft(prefix_config(own, prefix_projection=projection, encoder_hidden_size=5))
@@ -220,7 +223,7 @@ def test_ten_steps_of_training(pair, name, projection, tmp_path):
     ours.params = dataclasses.replace(
         ours.params, adapters={"default": dataclasses.replace(adapter, shared=shared, replaced=dict(head))}
     )
-    batch = {k: v for k, v in {**batch_of(own), **labels(own.kind)}.items() if k != "decoder_input_ids"}
+    batch = {k: v for k, v in {**batch_of(own), **labels_of(own)}.items() if k != "decoder_input_ids"}
     want, got, params = steps_of(own, theirs, ours.params, batch, 0.1)
     np.testing.assert_allclose(got, want, atol=1e-3, rtol=1e-3)
     assert want[-1] < want[0]
@@ -246,7 +249,7 @@ def test_keys_wider_than_the_model(pair, tmp_path):
     kind = KINDS["t5"]
     model = randomise(transformers.T5ForConditionalGeneration(transformers.T5Config(**{**T5, "d_kv": 6})), 0).eval()
     model.save_pretrained(tmp_path / "base")
-    ours = jpeft_interop.models.FlaxAutoModelForSeq2SeqLM.from_pretrained(tmp_path / "base")
+    ours = models.FlaxAutoModelForSeq2SeqLM.from_pretrained(tmp_path / "base")
     own = Pair(kind, model, ours, tmp_path / "base")
     found = jpeft_interop.get_peft_model(
         ours, jpeft.PrefixTuningConfig(task_type=kind.task, num_virtual_tokens=COUNT)
@@ -264,33 +267,35 @@ def test_keys_wider_than_the_model(pair, tmp_path):
 
 def test_rows_of_a_batch_have_prefixes_of_their_own(pair, tmp_path):
     own = pair("gpt2")
-    ours, names, batch = with_two(own, tmp_path), ["other", "__base__", "default"], batch_of(own, left=True)
+    (ours, theirs), names, batch = with_two(own, tmp_path), ["other", "__base__", "default"], batch_of(own, left=True)
     got = np.asarray(ours(**batch, adapter_names=names).logits)
     for row, name in enumerate(names):
-        ours.set_adapter("default" if name == "__base__" else name)
-        ours.disable_adapters() if name == "__base__" else ours.enable_adapters()
+        want = their_output(own.theirs if name == "__base__" else theirs[name], batch)
         rows = slice(row, row + 1)
-        assert_close(got[rows], np.asarray(ours(**batch).logits)[rows], batch["attention_mask"][rows])
+        assert_close(got[rows], want[rows], batch["attention_mask"][rows])
 
 
 def test_rows_of_a_generated_batch_have_prefixes_of_their_own(pair, tmp_path):
     """Each token is the likeliest one after those before it, of a model that has learned positions."""
     own = pair("bart")
-    ours, names, batch = with_two(own, tmp_path), ["other", "default", "other"], batch_of(own)
+    (ours, theirs), names, batch = with_two(own, tmp_path), ["other", "default", "other"], batch_of(own)
     del batch["decoder_input_ids"]
     tokens = np.asarray(ours.generate(**batch, adapter_names=names, max_new_tokens=4, eos_token_id=[]).sequences)
     logits = np.asarray(ours(**batch, decoder_input_ids=tokens[:, :-1], adapter_names=names).logits)
     np.testing.assert_array_equal(logits.argmax(-1), tokens[:, 1:])
+    want = their_output(theirs["default"], {**batch, "decoder_input_ids": tokens[:, :-1]})
+    assert_close(logits[1], want[1])
 
 
 def with_two(own, folder):
-    """A model with two adapters, "default" and "other", of different lengths."""
+    """Our model with two adapters, "default" and "other", of different lengths, and PEFT's with each."""
+    theirs = {}
     for name, count, seed in (("default", COUNT, 3), ("other", 2, 4)):
-        theirs = own.with_peft(peft.PrefixTuningConfig(task_type=own.kind.task, num_virtual_tokens=count), seed)
-        theirs.save_pretrained(folder / name)
+        theirs[name] = own.with_peft(peft.PrefixTuningConfig(task_type=own.kind.task, num_virtual_tokens=count), seed)
+        theirs[name].save_pretrained(folder / name)
     ours = loaded(own, folder / "default")
     ours.load_adapter(folder / "other", "other")
-    return ours
+    return ours, theirs
 
 
 def test_lora_is_active_at_the_same_time(pair, tmp_path):
