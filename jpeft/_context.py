@@ -51,6 +51,21 @@ def with_context(
     return dataclasses.replace(params, context=context)
 
 
+def brought(params: PeftParams, name: str) -> dict[str, jax.Array]:
+    """What the context brings for each row, as far as the method of an adapter asks for it; raises ValueError."""
+    found = {}
+    for asked in method_of(params.adapters[name].config).row_inputs:
+        value = params.context.get(asked)
+        array = value.get(name) if isinstance(value, Mapping) else value
+        if array is None:
+            raise ValueError(
+                f"adapter {name!r} needs {asked} for each row of the batch, and the parameters bring none; expected "
+                f"jpeft.with_context(params, {asked}=...)"
+            )
+        found[asked] = array
+    return found
+
+
 def _read(params: PeftParams, name: str, value: Any, asked: RowInput) -> Any:
     if not isinstance(value, Mapping):
         array = asked.read(value)

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ._config import TaskType
+from ._context import brought
 from ._contract import method_of
 from ._params import PeftParams
 from ._paths import fold_in_name
@@ -141,16 +142,7 @@ def prompt_rows(wrapped: PeftParams, name: str) -> jax.Array:
     adapter = wrapped.adapters[name]
     method = method_of(adapter.config)
     assert method.prompt is not None
-    context: dict[str, Any] = {}
-    for asked in method.row_inputs:
-        value = wrapped.context.get(asked)
-        value = value.get(name) if isinstance(value, Mapping) else value
-        if value is None:
-            raise ValueError(
-                f"adapter {name!r} needs {asked} for each row of the batch, and the parameters bring none; expected "
-                f"jpeft.with_context(params, {asked}=...)"
-            )
-        context[asked] = value
+    context: dict[str, Any] = dict(brought(wrapped, name))
     rng = wrapped.context.get("rng")
     if rng is not None:
         context["rng"] = fold_in_name(rng.key(), f"{name}/prompt")

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from .._arrays import arrays_at, over_stack
 from .._config import FrozenMapping
+from .._context import brought
 from .._contract import (
     EMBEDDING,
     OUTPUT,
@@ -47,7 +48,7 @@ def terms_by_leaf(wrapped: PeftParams) -> dict[str, tuple[Term, ...]]:
     for name in wrapped.active:
         adapter = wrapped.adapters[name]
         method = method_of(adapter.config)
-        given = {} if method.prompt is not None else _row_inputs(wrapped.context, name, method)
+        given = {} if method.prompt is not None else brought(wrapped, name)
         for path, site in adapter.sites.items() if method.prompt is None else ():
             term = _with_rows(_term(name, adapter, method, path, site, rng), given)
             terms[site.leaf] = (*terms.get(site.leaf, ()), term)
@@ -101,21 +102,6 @@ def _term(name: str, adapter: Adapter, method: Method, path: str, site: Site, rn
     term = Term(arrays, FrozenMapping(labels), method, adapter.config, name, (site,), stored)
     # Those of a single layer are made here, once for all of its uses.
     return with_factors(term) if stored and not stack else term
-
-
-def _row_inputs(context: Mapping[str, Any], name: str, method: Method) -> dict[str, jax.Array]:
-    """What the call brings for each row, as far as the method of an adapter asks for it."""
-    found = {}
-    for asked in method.row_inputs:
-        value = context.get(asked)
-        array = value.get(name) if isinstance(value, Mapping) else value
-        if array is None:
-            raise ValueError(
-                f"adapter {name!r} needs {asked} for each row of the batch, and the parameters bring none; expected "
-                f"jpeft.with_context(params, {asked}=...)"
-            )
-        found[asked] = array
-    return found
 
 
 def _with_rows(term: Term, given: Mapping[str, jax.Array]) -> Term:
