@@ -20,13 +20,13 @@ KeysAndValues = tuple[jax.Array, jax.Array]
 
 
 def key_value_prefix(wrapped: PeftParams, adapter_name: str | None = None) -> KeysAndValues:
-    """The keys and the values that come before a text's own, each (layers, n, kv_heads, head_dim) in float32.
+    """The keys and the values that come before a text's own, each (layers, n, kv_heads, head_dim).
 
-    adapter_name: of an adapter of prefix tuning or a cartridge; None: the active one. Pure and differentiable: taken
-    within a loss, gradients reach the adapter. The models of `jpeft_interop` take it by themselves. Any other model
-    takes it by two lines in the attention of each layer, which put it before the keys and values that the layer
-    computes, or into the cache that the model begins with; every query may see it, and the positions of the text
-    begin at n:
+    adapter_name: of an adapter of prefix tuning or a cartridge; None: the active one. They have the adapter's dtype,
+    float32 unless it was made otherwise. Pure and differentiable: taken within a loss, gradients reach the adapter.
+    The models of `jpeft_interop` take it by themselves. Any other model takes it by two lines in the attention of each
+    layer, which put it before the keys and values that the layer computes, or into the cache that the model begins
+    with; every query may see it, and the positions of the text begin at n:
 
         keys, values = prefix_keys[layer], prefix_values[layer]
         k, v = (jnp.concatenate([own, new]) for own, new in ((keys, k), (values, v)))

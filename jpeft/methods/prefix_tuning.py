@@ -8,8 +8,8 @@ With a projection the arrays of the encoder train, and files hold the rows that 
 The model's tokens have the positions from n on. Costs n more keys and values in every layer, and no tokens.
 
 In an encoder-decoder the decoder's attention to itself has the prefix. There PEFT gives some layers the keys and values
-of others (`_prefixes.places`), and so do we, as its files mean that. PEFT does not take keys wider than the model
-(T5 with d_kv above d_model / num_heads), checkpointed gradients, or a model whose depths of encoder and decoder differ.
+of others (`_prefixes.places`), and so do we, as its files mean that. PEFT does not take checkpointed gradients, a
+decoder deeper than its encoder, or, unless told, keys of another width than the model (T5 by its d_kv).
 """
 
 import dataclasses

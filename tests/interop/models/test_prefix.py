@@ -189,6 +189,16 @@ def test_a_prefix_and_a_text_too_long_for_the_positions(kind, config, inputs):
         run(model.params, 1, 8)
 
 
+def test_a_decoder_deeper_than_its_encoder():
+    """PEFT makes a prefix of the encoder's depth, for which such a decoder has no use."""
+    model = FlaxAutoModelForSeq2SeqLM.from_config({**BART, "decoder_layers": 3})
+    config = jpeft.PrefixTuningConfig(task_type="SEQ_2_SEQ_LM", num_virtual_tokens=2)
+    own = get_peft_model(model, config)
+    assert own.active_peft_config.num_layers == 3
+    keys, _ = jpeft.key_value_prefix(own.params)
+    assert keys.shape == (3, 2, 2, 4) and own(IDS, decoder_input_ids=IDS).logits.shape == (2, 6, 20)
+
+
 def test_models_that_take_no_prefix():
     config = jpeft.PrefixTuningConfig(num_virtual_tokens=2)
     distilbert = {"model_type": "distilbert", "vocab_size": 20, "dim": 8, "n_layers": 1, "n_heads": 2, "hidden_dim": 8}
