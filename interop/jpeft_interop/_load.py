@@ -80,8 +80,8 @@ def load_pretrained(
     Stacks of layers, named by the slice of their numbers, are filled from the file's single layers, which have to be
     alike. The experts of an X-LoRA adapter are those in its folder, or else where its config says that they were;
     where `config` says, if it is given.
-    The arrays keep the file's dtypes, and go onto the mesh that the base is on, if it is, as `jpeft.shardings` says. Embeddings that the file holds in full,
-    because they were resized or are another model's, become part of the adapter.
+    The arrays keep the file's dtypes, and go onto the mesh that the base is on, if it is, as `jpeft.shardings` says.
+    Embeddings that the file holds in full, as they were resized or are another model's, become part of the adapter.
     Raises FileNotFoundError if a file is absent; ValueError if one is damaged, pickled, asks for what is not
     implemented, or does not fit the parameters: all missing, unexpected and misshapen tensors in one message.
 
