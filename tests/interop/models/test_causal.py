@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from jpeft_interop.models import FlaxAutoModelForCausalLM
+from jpeft_interop.models._call import begin
 from jpeft_interop.models._causal import check_length
 from jpeft_interop.models._config import check_heads, translated
 
@@ -89,7 +90,8 @@ def test_a_text_longer_than_the_table_of_positions(name):
 
 
 def test_a_text_may_be_longer_than_the_table_if_its_positions_are_given():
-    check_length(21, jnp.zeros((1, 21), jnp.int32), 20)
+    places = jnp.zeros((1, 21), jnp.int32)
+    check_length(begin(1, 21, None, places, None, None), places, 20)
 
 
 def test_two_values_for_one_setting():
