@@ -20,6 +20,7 @@ from jpeft_interop import models
 from jpeft_interop._base_model import base_model
 from jpeft_interop._default_targets import FEEDFORWARD, TARGETS, with_default_targets
 from jpeft_interop.models.auto import AutoModel
+from tests.interop.beside_cases import BESIDE
 
 torch = pytest.importorskip("torch")
 peft = pytest.importorskip("peft")
@@ -115,24 +116,27 @@ def test_default_feedforward_modules_are_those_of_peft():
     assert {model_type: tuple(names) for model_type, names in table.items()} == FEEDFORWARD
 
 
+def selecting() -> dict[Any, Any]:
+    """The config classes of methods that select modules; rows of tables train in the input embedding."""
+    apart = {jpeft.PeftType.TRAINABLE_TOKENS, *(row.built().peft_type for row in BESIDE)}
+    return {kind: own for kind, own in config_classes().items() if kind not in apart}
+
+
 def test_every_table_of_peft_and_every_method_here_is_known():
     constants = importlib.import_module("peft.utils.constants")
     ending = "_TARGET_MODULES_MAPPING"
     tables = {name.removesuffix(ending).rpartition("_TO_")[2] for name in vars(constants) if name.endswith(ending)}
     assert {"LN_TUNING" if name == "LNTUNING" else name for name in tables} == TARGETS.keys()
-    # Rows of tables train in the input embedding.
-    assert {str(kind) for kind in config_classes()} - {"TRAINABLE_TOKENS"} <= TARGETS.keys()
+    assert {str(kind) for kind in selecting()} <= TARGETS.keys()
 
 
 @pytest.mark.parametrize("model_type", ["llama", "mt5", "gpt_neox", "nothing known"])
 def test_every_method_here_gets_the_defaults_of_peft(model_type):
     """As the tuner's own class chooses them, and refuses."""
-    for kind, own in config_classes().items():
+    for kind, own in selecting().items():
         tuner = peft.mapping.PEFT_TYPE_TO_TUNER_MAPPING[peft.PeftType(kind.value)]
         # PEFT's class looks into tables and the config, and no further.
         bare, asked = object.__new__(tuner), peft.mapping.PEFT_TYPE_TO_CONFIG_MAPPING[peft.PeftType(kind.value)]
-        if kind == jpeft.PeftType.TRAINABLE_TOKENS:
-            continue
         asked = asked(total_step=1) if kind == jpeft.PeftType.ADALORA else asked()
         settings = {"total_step": 1} if kind == jpeft.PeftType.ADALORA else {}
         try:
