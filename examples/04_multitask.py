@@ -167,9 +167,7 @@ def main() -> None:
     for name, (trains, size) in sizes.items():
         print(f"{name}: {trains:,} trained parameters, {size / 1024:.0f} KiB on disk; loaded again, it is the same")
     more = {"no adapter": [before]} | {name: [own.accuracies[-1][1][0]] for name, own in new.items()}
-    print(
-        f"\na new question, {NEW.name!r}: {count} examples, {given.new_steps} steps\n" + table(more, [NEW.name])
-    )
+    print(f"\na new question, {NEW.name!r}: {count} examples, {given.new_steps} steps\n" + table(more, [NEW.name]))
     picture = given.out / "multitask.png"
     if find_spec("matplotlib"):
         draw(histories, new, picture)
