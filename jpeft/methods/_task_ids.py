@@ -40,10 +40,17 @@ def of_tasks(table: jax.Array, ids: jax.Array) -> jax.Array:
     >>> of_tasks(jnp.array([[1.0], [2.0]]), jnp.array([1, -1])).tolist()
     [[2.0], [nan]]
     """
-    # A wrong task cannot be refused under jit, and an index below zero would count from the end.
-    known = (ids >= 0) & (ids < table.shape[0])
-    found = jnp.take(table, ids, axis=0, mode="clip")
-    return jnp.where(known.reshape(-1, *(1 for _ in table.shape[1:])), found, jnp.nan)
+    return of_known(jnp.take(table, ids, axis=0, mode="clip"), ids, table.shape[0])
+
+
+def of_known(values: jax.Array, ids: jax.Array, tasks: int) -> jax.Array:
+    """What was made for the tasks of a batch, (rows, ...), with NaN for a task that there is not.
+
+    A wrong task cannot be refused under jit, and an index below zero would count from the end. Not every function of a
+    NaN is one (compiled for CPU by JAX 0.12, an exponential is zero), so that this comes after such functions.
+    """
+    known = (ids >= 0) & (ids < tasks)
+    return jnp.where(known.reshape(-1, *(1 for _ in values.shape[1:])), values, jnp.nan)
 
 
 def _is_unknown(ids: Any) -> bool:

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 
 from .._config import PeftType, TunerConfig
 from .._contract import Arrays, Base, Method, Site, register, wide_dtype
-from ._task_ids import of_tasks, task_ids_of
+from ._task_ids import of_known, task_ids_of
 
 EPSILON = 1e-12
 
@@ -97,7 +97,8 @@ def forward(p: Arrays, x: jax.Array, base: Base, site: Site, context: Mapping[st
             f"task_ids are for {rows} rows, but {site.path!r} gets an array of shape {x.shape}; expected (rows, "
             "tokens, features) of as many rows, the whole batch with its rows as an axis by itself"
         )
-    w = mixing(of_tasks(logits.astype(wide), tasks).reshape(rows, splits, skills), context)
+    own = jnp.take(logits.astype(wide), tasks, axis=0, mode="clip").reshape(rows, splits, skills)
+    w = of_known(mixing(own, context), tasks, logits.shape[0])
     a = jnp.einsum("bqs,qsdr->bqdr", w, a.astype(wide)).reshape(rows, -1, r)
     b = jnp.einsum("bqs,qsrd->brqd", w, b.astype(wide)).reshape(rows, r, -1) * (p["scaling"].astype(wide) / r)
     h = jax.vmap(base.apply)(x, a)
