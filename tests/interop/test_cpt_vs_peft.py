@@ -1,6 +1,5 @@
 """CPT against PyTorch PEFT: the projection, the loss, outputs and files both ways, training with and without decay."""
 
-import functools
 import json
 
 import jax
@@ -26,7 +25,6 @@ from tests.interop.prompt_models import (  # noqa: E402
     labels,
     loaded,
     loaded_by_peft,
-    pair_of,
     tensors,
     their_output,
     torch_inputs,
@@ -47,21 +45,6 @@ SETTINGS = {
     "opt_projection_format_epsilon": 0.6,
 }  # fmt: skip
 DECAY = {**SETTINGS, "opt_weighted_loss_type": "decay", "opt_loss_decay_factor": 0.6}
-
-
-@functools.cache
-def _pair(name, root):
-    return pair_of(name, root)
-
-
-@pytest.fixture(scope="module")
-def root(tmp_path_factory):
-    return tmp_path_factory.mktemp("cpt")
-
-
-@pytest.fixture
-def pair(root):
-    return lambda name: _pair(name, root / name)
 
 
 def test_the_projection_and_what_moves():

@@ -1,7 +1,5 @@
 """Multitask prompt tuning against PyTorch PEFT: every kind of model, tasks of rows, both halves, sources, training."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -28,7 +26,6 @@ from tests.interop.prompt_models import (  # noqa: E402
     loaded,
     loaded_by_peft,
     output_of,
-    pair_of,
     their_output,
     torch_inputs,
 )
@@ -43,21 +40,6 @@ from tests.interop.test_round_trip import quietly  # noqa: E402
 COUNT, TASKS = 3, np.array([2, 0, 1])
 SETTINGS = {"num_virtual_tokens": COUNT, "num_tasks": 3, "num_ranks": 2}
 NAMES = ("prompt_embeddings", "prefix_task_cols", "prefix_task_rows")
-
-
-@functools.cache
-def _pair(name, root):
-    return pair_of(name, root)
-
-
-@pytest.fixture(scope="module")
-def root(tmp_path_factory):
-    return tmp_path_factory.mktemp("multitask")
-
-
-@pytest.fixture
-def pair(root):
-    return lambda name: _pair(name, root / name.replace(" ", "_"))
 
 
 def arrays_of(theirs):

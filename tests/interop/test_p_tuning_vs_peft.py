@@ -1,6 +1,5 @@
 """P-tuning against PyTorch PEFT: the encoders, outputs for every kind of model, files both ways, training and after."""
 
-import functools
 import json
 
 import jax
@@ -25,7 +24,6 @@ from tests.interop.prompt_models import (  # noqa: E402
     labels,
     loaded,
     loaded_by_peft,
-    pair_of,
     tensors,
     their_output,
 )
@@ -42,21 +40,6 @@ from tests.interop.test_round_trip import quietly  # noqa: E402
 COUNT = 3
 MLP = {"num_virtual_tokens": COUNT, "encoder_hidden_size": 5}
 LSTM = {**MLP, "encoder_reparameterization_type": "LSTM"}
-
-
-@functools.cache
-def _pair(name, root):
-    return pair_of(name, root)
-
-
-@pytest.fixture(scope="module")
-def root(tmp_path_factory):
-    return tmp_path_factory.mktemp("p_tuning")
-
-
-@pytest.fixture
-def pair(root):
-    return lambda name: _pair(name, root / name.replace(" ", "_"))
 
 
 @pytest.mark.parametrize("settings", [MLP, LSTM, {**LSTM, "encoder_num_layers": 1}, {**LSTM, "encoder_num_layers": 3}])

@@ -1,7 +1,6 @@
 """Prompt tuning against PyTorch PEFT, for every kind of model: outputs, generation, files both ways, training."""
 
 import copy
-import functools
 import warnings
 
 import jax
@@ -29,7 +28,6 @@ from tests.interop.prompt_models import (  # noqa: E402
     inputs,
     labels,
     loaded,
-    pair_of,
     tensors,
     their_output,
     torch_inputs,
@@ -38,21 +36,6 @@ from tests.interop.test_round_trip import quietly  # noqa: E402
 
 COUNT = 4
 GENERATES = ("CAUSAL_LM", "SEQ_2_SEQ_LM")
-
-
-@functools.cache
-def _pair(name, root):
-    return pair_of(name, root)
-
-
-@pytest.fixture(scope="module")
-def root(tmp_path_factory):
-    return tmp_path_factory.mktemp("prompts")
-
-
-@pytest.fixture
-def pair(root):
-    return lambda name: _pair(name, root / name.replace(" ", "_"))
 
 
 @pytest.mark.parametrize("name", KINDS)
