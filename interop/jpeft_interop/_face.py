@@ -6,6 +6,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import jax
+
 import jpeft
 from jpeft import PeftParams
 from jpeft._adapters import delete_adapter
@@ -16,6 +18,8 @@ from jpeft._wrap import checked_names
 
 from ._base_model import BaseModel
 from ._surplus import EMBEDDINGS
+
+_PROBE = "supports lora conversion"
 
 
 @dataclass(frozen=True, eq=False)
@@ -167,6 +171,8 @@ def is_convertible(face: Face, name: str) -> bool:
     (known,) = checked_names(face.wrapped, name)
     try:
         check_convertible(known, face.wrapped.adapters[known])
+        # Some methods say when they are to merge that they cannot; nothing is computed here.
+        jax.eval_shape(lambda wrapped: jpeft.convert_to_lora(wrapped, known, 1, _PROBE).adapters[_PROBE], face.wrapped)
     except (TypeError, ValueError):
         return False
     return True

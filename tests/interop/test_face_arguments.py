@@ -113,6 +113,10 @@ def test_what_can_become_lora(model):
         (plain, {**tree(), "first": {**tree()["first"], "bias": jnp.zeros(5)}}), dataclasses.replace(CONFIG, bias="all")
     )
     assert not biased.supports_lora_conversion()
+    for method in (jpeft.PolyConfig, jpeft.LilyConfig, jpeft.PromptTuningConfig):
+        targets = {"num_virtual_tokens": 2} if method is jpeft.PromptTuningConfig else {"target_modules": ["first"]}
+        params = {**tree(), "embed_tokens": {"embedding": jnp.ones((5, 4))}}
+        assert not get_peft_model((plain, params), method(**targets)).supports_lora_conversion()
     with pytest.raises(ValueError, match=r"adapter names are \['x'\]"):
         model.supports_lora_conversion("x")
 
