@@ -27,12 +27,15 @@ class Tree:
     layers: Mapping[str, Any]
     found: Mapping[str, Candidate]
 
-    def token_table(self) -> Site:
-        """The lookup table of the tokens; raises ValueError if there is none, or if it is not known which one it is."""
+    def token_table(self, what: str = "a prompt is more rows of") -> Site:
+        """The lookup table of the tokens; raises ValueError if there is none, or if it is not known which one it is.
+
+        what: it is for, for the messages.
+        """
         tables = [path for path, candidate in self.found.items() if candidate.kind == EMBEDDING]
         if not tables:
             raise ValueError(
-                "a prompt is more rows of the model's table of tokens, and the tree has no table: none among "
+                f"{what} the model's table of tokens, and the tree has no table: none among "
                 f"{', '.join(list(self.found)[:6]) or 'no modules at all'}; if one of them is, say so as "
                 "layouts={its path: 'vo'}"
             )

@@ -7,8 +7,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from ._contract import wide_dtype
-
-_IGNORED = -100
+from ._virtual_labels import IGNORED
 
 
 def cpt_loss(logits: ArrayLike, labels: ArrayLike, type_mask: ArrayLike, config: Any) -> jax.Array:
@@ -48,7 +47,7 @@ def weighted_loss(logits: jax.Array, labels: jax.Array, weights: jax.Array | Non
     """`cpt_loss` of labels that count as much as the weights (rows, length) say."""
     logits = logits[:, :-1].astype(wide_dtype(logits.dtype))
     labels = labels[:, 1:]
-    counts, known = labels != _IGNORED, (labels >= 0) & (labels < logits.shape[-1])
+    counts, known = labels != IGNORED, (labels >= 0) & (labels < logits.shape[-1])
     picked = jnp.take_along_axis(logits, jnp.where(known, labels, 0)[..., None], axis=-1)[..., 0]
     losses = jnp.where(known, jax.nn.logsumexp(logits, axis=-1) - picked, jnp.nan)
     losses = losses if weights is None else losses * weights[:, 1:].astype(losses.dtype)

@@ -1,6 +1,6 @@
 """Virtual tokens: ids that follow the vocabulary, put before the text of a batch, and what they are looked up in."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -10,12 +10,11 @@ import numpy as np
 from ._config import TaskType
 from ._context import brought
 from ._contract import method_of
+from ._mixed import BASE
 from ._params import PeftParams
 from ._paths import fold_in_name
 from ._virtual_labels import have_labels, with_decoder_prompts, with_ignored, with_labels_of_prompts
 from ._wrap import checked_params
-
-BASE = "__base__"
 
 # Of what a batch holds for each token, what the virtual tokens have.
 _FILLED = {"attention_mask": 1, "token_type_ids": 0}
@@ -175,11 +174,15 @@ def _adapters_of_rows(ids: Mapping[str, range], rows: int, names: Sequence[str] 
                 "active prompt: jpeft.set_adapter"
             )
         names = [next(iter(ids))] * rows
-    unknown = [name for name in names if name not in (*ids, BASE)]
-    if unknown or isinstance(names, str) or len(names) != rows:
+    return names_of_rows(names, rows, ids, "the active prompts")
+
+
+def names_of_rows(names: Sequence[str], rows: int, known: Iterable[str], what: str) -> list[str]:
+    """The adapter of each row, "__base__" for none; raises ValueError for others than the known ones, or too few."""
+    known = (*known, BASE)
+    if isinstance(names, str) or len(names) != rows or any(name not in known for name in names):
         raise ValueError(
-            f"adapter_names are {names!r} for {rows} rows; expected one a row, each among the active prompts: "
-            f"{', '.join((*ids, BASE))}"
+            f"adapter_names are {names!r} for {rows} rows; expected one a row, each among {what}: {', '.join(known)}"
         )
     return list(names)
 
@@ -205,4 +208,5 @@ def _positions(given: jax.Array, mask: np.ndarray) -> jax.Array:
 
 def _labels_are_of_tokens(wrapped: PeftParams, ids: Mapping[str, range]) -> bool:
     configs: list[Any] = [wrapped.adapters[name].config for name in ids]
-    return all(config.task_type != TaskType.SEQ_2_SEQ_LM and config.submodules == 1 for config in configs)
+    others = (TaskType.SEQ_2_SEQ_LM, TaskType.SEQ_CLS)
+    return all(config.task_type not in others and config.submodules == 1 for config in configs)

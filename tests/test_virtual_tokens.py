@@ -82,7 +82,8 @@ def test_a_batch_for_no_prompt_is_left_alone():
 
 
 def test_labels_of_sequences_and_of_a_decoder_are_left_alone():
-    for labels, task in ((np.array([0, 1]), "SEQ_CLS"), (IDS, "SEQ_2_SEQ_LM")):
+    # Those of as many labels for each text as it has tokens, too.
+    for labels, task in ((np.array([0, 1]), "SEQ_CLS"), (IDS * 0.5, "SEQ_CLS"), (IDS, "SEQ_2_SEQ_LM")):
         wrapped = fresh(dataclasses.replace(CONFIG, task_type=task))
         found = jpeft.with_virtual_tokens({"input_ids": IDS, "labels": labels}, wrapped)
         np.testing.assert_array_equal(found["labels"], labels)

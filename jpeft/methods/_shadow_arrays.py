@@ -1,6 +1,7 @@
 """What ShadowPEFT trains of each block (`shadow.py`), as it begins."""
 
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -8,14 +9,13 @@ import jax.numpy as jnp
 
 from .._contract import fold_in_name
 from .._shadow import DOWN, GATE, TRANSFORM, UP
-from .._stacks import layer_paths
 
 
-def arrays_of(key: jax.Array, group: str, width: int, config: Any) -> dict[str, jax.Array]:
-    """The arrays of a block, or of a stack of blocks, each with the values that it would have by itself."""
-    paths, inner = layer_paths(group), config.update_hidden_size or config.r
-    each = [_block(fold_in_name(key, path), width, config.r, inner) for path in paths or [group]]
-    arrays = {name: jnp.stack([own[name] for own in each]) for name in each[0]} if paths else each[0]
+def arrays_of(key: jax.Array, group: str, paths: Sequence[str], width: int, config: Any) -> dict[str, jax.Array]:
+    """The arrays of a block, or of a stack of blocks of these paths, each with the values that it has by itself."""
+    inner = config.update_hidden_size or config.r
+    each = [_block(fold_in_name(key, path), width, config.r, inner) for path in paths]
+    arrays = each[0] if [*paths] == [group] else {name: jnp.stack([own[name] for own in each]) for name in each[0]}
     return {**arrays, UP: jnp.zeros_like(arrays[UP])} if config.init_weights else arrays
 
 

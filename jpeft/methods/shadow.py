@@ -24,7 +24,7 @@ import jax
 from .._begin import Beginning, Tree
 from .._config import FrozenMapping, TaskType
 from .._contract import beside, fold_in_name, register
-from ._blocks import blocks_of, shadow_tensors, width_of
+from .._decoder_blocks import blocks_of, shadow_tensors
 from ._shadow_arrays import arrays_of, linear
 from ._shadow_config import ShadowConfig as ShadowConfig
 
@@ -35,8 +35,9 @@ def begin(key: jax.Array, tree: Tree, config: ShadowConfig) -> Beginning:
     found = blocks_of(tree, config)
     if config.target_modules is None:
         config = dataclasses.replace(config, target_modules=tuple(found.paths))
-    width, tensors = width_of(tree), shadow_tensors(tree, found, config)
-    weights = {group: arrays_of(key, group, width, config) for group in found.groups}
+    width = tree.token_table("the side state is as wide as the rows of").out_features
+    tensors = shadow_tensors(tree, found, config)
+    weights = {group: arrays_of(key, group, paths, width, config) for group, paths in found.groups.items()}
     config = dataclasses.replace(config, shadow_tensors=FrozenMapping(tensors))
     shared = {f"{BACKBONE}.{name}": _drawn(fold_in_name(key, name), *tensor) for name, tensor in tensors.items()}
     narrow = config.shadow_hidden_size or width

@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -232,6 +233,8 @@ def check_both_ways(pair: Pair, config: Any, folder: Path, **options: Any) -> tu
     assert_close(output_of(ours(**batch, **options)), want, mask)
     ours.save_pretrained(folder / "ours")
     assert_same_files(folder / "theirs", folder / "ours")
+    configs = [json.loads((folder / name / "adapter_config.json").read_text()) for name in ("theirs", "ours")]
+    assert configs[0] == configs[1]
     again = loaded_by_peft(pair, folder / "ours")
     assert_close(their_output(again, batch, **torch_inputs(options)), want, mask)
     unwrapped = their_output(pair.theirs, batch)

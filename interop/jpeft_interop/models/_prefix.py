@@ -10,7 +10,9 @@ import numpy as np
 
 import jpeft
 from jpeft._key_value_prefix import prefixed_names
+from jpeft._mixed import BASE
 from jpeft._stacks import stacked_numbers
+from jpeft._virtual_tokens import names_of_rows
 
 from ._cache import Cache, Memory
 
@@ -94,10 +96,6 @@ def after(memory: Memory, key: jax.Array, value: jax.Array) -> tuple[jax.Array, 
     )  # type: ignore[return-value]
 
 
-BASE = "__base__"
-"""In place of the name of an adapter: a row without one."""
-
-
 def prefix_of(
     params: jpeft.PeftParams, config: Any, rows: int, adapter_names: Sequence[str] | None = None
 ) -> KeyValuePrefix | None:
@@ -114,13 +112,7 @@ def prefix_of(
     if adapter_names is None:
         keys, values = jpeft.key_value_prefix(params)
         return KeyValuePrefix(keys[:depth, None], values[:depth, None])
-    known = (*active, BASE)
-    unknown = [name for name in adapter_names if name not in known]
-    if unknown or isinstance(adapter_names, str) or len(adapter_names) != rows:
-        raise ValueError(
-            f"adapter_names are {adapter_names!r} for {rows} rows; expected one a row, each among the active adapters "
-            f"with a prefix: {', '.join(known)}"
-        )
+    adapter_names = names_of_rows(adapter_names, rows, active, "the active adapters with a prefix")
     pairs = {name: jpeft.key_value_prefix(params, name) for name in active}
     return _by_rows({name: (keys[:depth], values[:depth]) for name, (keys, values) in pairs.items()}, adapter_names)
 

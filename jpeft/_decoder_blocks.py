@@ -4,12 +4,11 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from .._begin import Tree
-from .._contract import EMBEDDING
-from .._paths import BIAS_NAMES, WEIGHT_NAMES, last_name, parent
-from .._stacks import layer_paths, spelled_layers
-from .._targets import targeted_modules
-from .._tokens import input_embedding
+from ._begin import Tree
+from ._contract import EMBEDDING
+from ._paths import BIAS_NAMES, WEIGHT_NAMES, last_name, parent
+from ._stacks import layer_paths, spelled_layers
+from ._targets import targeted_modules
 
 HOLDERS = ("layers", "h")
 """What the list of a decoder's blocks is called where PEFT finds it by itself."""
@@ -30,12 +29,12 @@ Tensors = dict[str, tuple[tuple[int, ...], float, float]]
 class Blocks:
     """Some blocks of a decoder. holder: the path of its list of blocks. paths: of the blocks, in their order.
 
-    groups: the paths under which the tree has them, single blocks or stacks.
+    groups: {path under which the tree has them, of a single block or a stack: the paths of its blocks}.
     """
 
     holder: str
     paths: list[str]
-    groups: list[str]
+    groups: dict[str, list[str]]
 
 
 def blocks_of(tree: Tree, config: Any) -> Blocks:
@@ -94,10 +93,10 @@ def _only(lists: Mapping[str, list[int]]) -> str:
     )
 
 
-def _groups(tree: Tree, holder: str, chosen: list[str]) -> list[str]:
+def _groups(tree: Tree, holder: str, chosen: list[str]) -> dict[str, list[str]]:
     depth = holder.count(".") + 2
     groups = dict.fromkeys(".".join(path.split(".")[:depth]) for path in tree.leaves if path.startswith(f"{holder}."))
-    kept = []
+    kept: dict[str, list[str]] = {}
     for group in groups:
         blocks = layer_paths(group) or [group]
         present = [path for path in blocks if path in chosen]
@@ -108,20 +107,8 @@ def _groups(tree: Tree, holder: str, chosen: list[str]) -> list[str]:
                 f"{spelled_layers(group, absent)}; layers stacked in one leaf are adapted alike: load the model with "
                 "scan_layers=False, or choose all of them"
             )
-        kept += [group] if present else []
-    return sorted(kept, key=lambda group: int(last_name(group).partition(":")[0]))
-
-
-def width_of(tree: Tree) -> int:
-    """How wide the states between blocks are; raises ValueError if the tree has no table of tokens to tell it."""
-    if not any(candidate.kind == EMBEDDING for candidate in tree.found.values()):
-        raise ValueError(
-            "the side state is as wide as the rows of the table of tokens, and the tree has no table: none among "
-            f"{', '.join(list(tree.found)[:6]) or 'no modules at all'}; if one of them is, say so as "
-            "layouts={its path: 'vo'}"
-        )
-    table = input_embedding(tree.found, "the width of the side state", "layouts={its path: 'vo'}")
-    return tree.found[table].site().out_features
+        kept |= {group: blocks} if present else {}
+    return dict(sorted(kept.items(), key=lambda own: int(last_name(own[0]).partition(":")[0])))
 
 
 def shadow_tensors(tree: Tree, blocks: Blocks, config: Any) -> Tensors:
