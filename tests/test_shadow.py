@@ -192,7 +192,7 @@ REFUSED = {
         {"layers_to_transform": [0, 1]},
         "for layers 0, 1 of the stack 'model.layers.0:3', but not layer 2;",
     ),
-    "no table": (without_table, {}, "as wide as the rows of the model's table of tokens.*none among model.layers.0.q_proj"),
+    "no table": (without_table, {}, "as wide as the rows of the model's table of tokens.*none among model.layers.0.q"),
     "which table": (two_tables, {}, "which table holds the tokens is not known among: model.left, model.right"),
     "sizes": (decoder, {"shadow_hidden_size": 2}, "a shadow with shadow_hidden_size=2 are not told.*get_peft_model"),
     "another list": (
